@@ -1,0 +1,55 @@
+"""The FlexAttention block mask of a row, by arithmetic from ``subtree_end``.
+
+Row ``i`` may see row ``j`` exactly if ``j <= i < subtree_end[j]``. So a block of keys whose subtrees all end at or
+before the first query of a later block is invisible to it, one whose subtrees all reach past its last query is seen
+whole, and anything else is looked at token by token. No block of scores is ever built, and the host never waits for
+the device.
+"""
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+
+def tree_block_mask(subtree_end: torch.Tensor, block_size: int = 128) -> BlockMask:
+    """Builds the mask that ``create_block_mask`` would find by trying every pair of tokens.
+
+    Args:
+        subtree_end (torch.Tensor): row index just past the subtree of each token, shape ``[s]``. Padding sees itself
+            alone, ``subtree_end[j] = j + 1``.
+        block_size (int): tokens in a block of queries and of keys. Default: 128.
+
+    Returns:
+        BlockMask: for one row and all heads, on the device of ``subtree_end``.
+    """
+    length = len(subtree_end)
+    num_blocks = -(-length // block_size)
+    device = subtree_end.device
+
+    end = torch.arange(1, num_blocks * block_size + 1, device=device)
+    end[:length] = subtree_end
+    end = end.view(num_blocks, block_size)
+    first_query = torch.arange(num_blocks, device=device) * block_size
+
+    # [query block, key block]
+    below = first_query[None, :] < first_query[:, None]
+    seen = below & (end.amax(1)[None, :] > first_query[:, None])
+    full = below & (end.amin(1)[None, :] >= first_query[:, None] + block_size)
+    partial = (seen & ~full) | torch.eye(num_blocks, dtype=torch.bool, device=device)
+
+    def visible(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
+        return (kv_idx <= q_idx) & (q_idx < subtree_end[kv_idx])
+
+    return BlockMask.from_kv_blocks(
+        *_counts_and_indices(partial),
+        *_counts_and_indices(full),
+        BLOCK_SIZE=block_size,
+        mask_mod=visible,
+        seq_lengths=(length, length),
+    )
+
+
+def _counts_and_indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many key blocks each query block meets, and which, those met first; shapes ``[1, 1, n]``, ``[1, 1, n, n]``."""
+    counts = blocks.sum(-1, dtype=torch.int32)
+    indices = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+    return counts[None, None], indices[None, None]

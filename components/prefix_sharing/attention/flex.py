@@ -1,0 +1,36 @@
+"""Tree attention by compiled FlexAttention with a block mask: the default on CUDA.
+
+K and V are never expanded to the query heads. On CPU, FlexAttention has no backward; its forward works there.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+from prefix_sharing.attention.block_mask import tree_block_mask
+from prefix_sharing.rows import Row
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
+    # Every row length is a shape of its own, and past the limit dynamo falls back to the eager operator, which builds
+    # all scores. Rows come in few lengths (prefix_sharing.rows.bucket_length), but more than the default limit of 8.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(flex_attention, dynamic=False)
+
+
+class FlexMask:
+    """The mask of one row, made once and used by every layer.
+
+    Args:
+        row (Row): the row, on the device that computes it.
+    """
+
+    def __init__(self, row: Row) -> None:
+        self.block_mask = tree_block_mask(row.subtree_end)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention of every row to the rows it may see; shapes as in ``ChainsMask.attend``."""
+        return _compiled_flex_attention()(q, k, v, block_mask=self.block_mask, enable_gqa=True)

@@ -1,0 +1,159 @@
+"""Gives a built torchtune model tree attention and log-probs of responses as its output.
+
+This is the one module that knows the inside of torchtune's models. It changes the class of the model and of its
+attention layers in place, so parameters, state-dict keys and submodules stay what they were, and compilation,
+activation checkpointing and FSDP2 apply as to any torchtune model, afterwards.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
+from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
+from torchtune.modules import (
+    FeedForward,
+    MultiHeadAttention,
+    RMSNorm,
+    RotaryPositionalEmbeddings,
+    TiedLinear,
+    TransformerDecoder,
+    TransformerSelfAttentionLayer,
+)
+
+from prefix_sharing.attention.backend import MASKS, AttentionBackend, TreeMask
+from prefix_sharing.errors import UserError
+from prefix_sharing.rows import Row
+from prefix_sharing.scoring import response_log_probs
+
+SUPPORTED_FAMILIES = "llama2, llama3, llama3_1, llama3_2, mistral, qwen2 and qwen2_5"
+
+
+class ResponseLogProbs(NamedTuple):
+    """What the model returns for a row.
+
+    Attributes:
+        log_probs (torch.Tensor): summed log-prob of each response's scored tokens, shape ``[E, K]``, fp32 or wider.
+        num_scored (torch.Tensor): number of those tokens, shape ``[E, K]``.
+    """
+
+    log_probs: torch.Tensor
+    num_scored: torch.Tensor
+
+
+class TreeAttention(MultiHeadAttention):
+    """torchtune's attention with a tree mask in place of its own; K and V are never expanded."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        *,
+        mask: TreeMask,
+        input_pos: torch.Tensor,
+    ) -> torch.Tensor:
+        """Self-attention over one row.
+
+        Args:
+            x (torch.Tensor): hidden states, shape ``[1, s, dim]``.
+            y (torch.Tensor): the same, as torchtune's layers pass it.
+            mask (TreeMask): the row's mask.
+            input_pos (torch.Tensor): positions, shape ``[1, s]``.
+
+        Returns:
+            torch.Tensor: shape ``[1, s, dim]``.
+        """
+        batch, length, _ = x.shape
+        q = self.q_proj(x).view(batch, length, self.num_heads, self.head_dim)
+        k = self.k_proj(y).view(batch, length, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(y).view(batch, length, self.num_kv_heads, self.head_dim)
+        q = self.pos_embeddings(q, input_pos=input_pos).transpose(1, 2)
+        k = self.pos_embeddings(k, input_pos=input_pos).transpose(1, 2)
+        output = _attend(mask, q, k, v.transpose(1, 2))
+        return self.output_proj(output.transpose(1, 2).reshape(batch, length, -1))
+
+
+@torch.compiler.disable(recursive=False)
+def _attend(mask: TreeMask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    # A layer that is compiled must not be compiled anew for the chains of every row; FlexAttention is compiled anyway.
+    return mask.attend(q, k, v)
+
+
+class TreeTransformerDecoder(TransformerDecoder):
+    """torchtune's decoder, from a row to the log-probs of its responses."""
+
+    attention_backend: AttentionBackend
+
+    def forward(self, row: Row) -> ResponseLogProbs:
+        """Computes every shared prefix once and projects only what is scored.
+
+        Args:
+            row (Row): the row, on the model's device.
+
+        Returns:
+            ResponseLogProbs: log-probs and numbers of scored tokens, each of shape ``[E, K]``.
+        """
+        mask = MASKS[self.attention_backend](row)
+        h = self.tok_embeddings(row.tokens)
+        for layer in self.layers:
+            h = layer(h, mask=mask, input_pos=row.input_pos)
+        h = self.norm(h[0].index_select(0, row.predictors))
+        return ResponseLogProbs(response_log_probs(self.output, h, row), row.num_scored)
+
+
+def to_tree_model(model: TransformerDecoder, attention_backend: AttentionBackend) -> TreeTransformerDecoder:
+    """Turns a built torchtune model, in place, into one that takes a row and returns its responses' log-probs.
+
+    Call it before compilation, activation checkpointing and sharding.
+
+    Args:
+        model (TransformerDecoder): as torchtune's builders return it.
+        attention_backend (AttentionBackend): see ``prefix_sharing.attention.choose_attention_backend``.
+
+    Returns:
+        TreeTransformerDecoder: the same object.
+
+    Raises:
+        UserError: if the model has parts whose arithmetic tree attention does not cover.
+    """
+    _refuse_unsupported(model)
+    for layer in model.layers:
+        layer.attn.__class__ = TreeAttention
+    model.__class__ = TreeTransformerDecoder
+    model.attention_backend = attention_backend
+    return model
+
+
+def _refuse_unsupported(model: nn.Module) -> None:
+    def require(name: str, part: object, *types: type) -> None:
+        if type(part) not in types:
+            raise UserError(
+                f"model: {name} is a {type(part).__name__}, which prefix sharing does not cover; "
+                f"the families it covers are {SUPPORTED_FAMILIES}."
+            )
+
+    require("the model", model, TransformerDecoder)
+    require("tok_embeddings", model.tok_embeddings, nn.Embedding)
+    require("norm", model.norm, RMSNorm)
+    require("output", model.output, nn.Linear, TiedLinear)
+    for i, layer in enumerate(model.layers):
+        prefix = f"layers.{i}"
+        require(prefix, layer, TransformerSelfAttentionLayer)
+        require(f"{prefix}.sa_norm", layer.sa_norm, RMSNorm)
+        require(f"{prefix}.mlp_norm", layer.mlp_norm, RMSNorm)
+        require(f"{prefix}.sa_scale", layer.sa_scale, nn.Identity)
+        require(f"{prefix}.mlp_scale", layer.mlp_scale, nn.Identity)
+        require(f"{prefix}.mlp", layer.mlp, FeedForward)
+        require(f"{prefix}.attn", layer.attn, MultiHeadAttention)
+        require(
+            f"{prefix}.attn.pos_embeddings",
+            layer.attn.pos_embeddings,
+            RotaryPositionalEmbeddings,
+            Llama3ScaledRoPE,
+            Qwen2RotaryPositionalEmbeddings,
+        )
+        for projection in ("q_proj", "k_proj", "v_proj", "output_proj"):
+            require(f"{prefix}.attn.{projection}", getattr(layer.attn, projection), nn.Linear)
+        if layer.attn.q_norm is not None or layer.attn.attn_dropout > 0:
+            what = "attn_dropout above 0" if layer.attn.attn_dropout > 0 else "q_norm"
+            raise UserError(f"model: {prefix}.attn has {what}, which prefix sharing does not cover; leave it out.")

@@ -1,0 +1,153 @@
+"""Rows: one or many prefix trees in one token sequence, as the tensors the model reads.
+
+A micro-batch is always one row; there is no batch dimension to pad.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+from prefix_sharing.rows.tree import Chain, PrefixTree, Response
+
+
+@dataclass(frozen=True)
+class Row:
+    """The input of one forward pass: ``[prefix, chosen, rejected] [prefix, ...] ... padding``.
+
+    Shape notation: s row length, E examples, K responses of the example with most, p rows that predict something,
+    m scored tokens (a token in a shared prefix counted once for each response).
+
+    Attributes:
+        tokens (torch.Tensor): token ids, shape ``[1, s]``.
+        input_pos (torch.Tensor): position of each token in its response, shape ``[1, s]``.
+        subtree_end (torch.Tensor): row index just past the subtree of each token, shape ``[s]``; padding sees itself
+            alone.
+        predictors (torch.Tensor): rows whose hidden state predicts a scored token, ascending, shape ``[p]``.
+        scored_predictor (torch.Tensor): for each scored token the index of its row in ``predictors``, ascending, shape
+            ``[m]``.
+        scored_target (torch.Tensor): id of each scored token, shape ``[m]``.
+        scored_response (torch.Tensor): ``example * K + response`` that each scored token counts for, shape ``[m]``.
+        num_scored (torch.Tensor): scored tokens of each response, shape ``[E, K]``; 0 where an example has fewer than K
+            responses.
+        predictor_offsets (list[int]): the scored tokens of predictor ``i`` are
+            ``predictor_offsets[i]:predictor_offsets[i + 1]``, length p + 1.
+        chains (list[Chain]): the attention as chains, in row order.
+        num_tokens (int): tokens that are not padding.
+        paired_tokens (int): tokens the same examples need if nothing is shared.
+    """
+
+    tokens: torch.Tensor
+    input_pos: torch.Tensor
+    subtree_end: torch.Tensor
+    predictors: torch.Tensor
+    scored_predictor: torch.Tensor
+    scored_target: torch.Tensor
+    scored_response: torch.Tensor
+    num_scored: torch.Tensor
+    predictor_offsets: list[int]
+    chains: list[Chain]
+    num_tokens: int
+    paired_tokens: int
+
+    @classmethod
+    def from_examples(
+        cls,
+        examples: Sequence[Sequence[Response]],
+        *,
+        share_prefix: bool = True,
+        length: int | None = None,
+    ) -> "Row":
+        """Lays examples out one after the other.
+
+        Args:
+            examples (Sequence[Sequence[Response]]): the responses of each example. No example at all gives a row of
+                padding, which costs a forward pass and contributes nothing.
+            share_prefix (bool): False computes every response on its own. Default: True.
+            length (int | None): row length to pad to. Default: None, no padding.
+
+        Returns:
+            Row: on the CPU.
+
+        Raises:
+            ValueError: if the examples need more than ``length`` tokens.
+        """
+        trees = [PrefixTree.from_responses(example, share_prefix=share_prefix) for example in examples]
+        num_tokens = sum(len(tree) for tree in trees)
+        length = max(num_tokens, 1) if length is None else length
+        if num_tokens > length:
+            raise ValueError(f"The examples need {num_tokens} tokens, more than the row length {length}.")
+
+        max_responses = max((len(tree.num_scored) for tree in trees), default=1)
+        tokens = np.zeros(length, dtype=np.int64)
+        input_pos = np.zeros(length, dtype=np.int64)
+        subtree_end = np.arange(1, length + 1)
+        num_scored = np.zeros((len(trees), max_responses), dtype=np.int64)
+        predictors, targets, owners, chains = [], [], [], []
+        offset = 0
+        for e, tree in enumerate(trees):
+            rows = slice(offset, offset + len(tree))
+            tokens[rows] = tree.tokens
+            input_pos[rows] = tree.input_pos
+            subtree_end[rows] = tree.subtree_end + offset
+            num_scored[e, : len(tree.num_scored)] = tree.num_scored
+            predictors.append(tree.predictors + offset)
+            targets.append(tree.targets)
+            owners.append(tree.responses + e * max_responses)
+            chains += [chain.shifted(offset) for chain in tree.chains]
+            offset += len(tree)
+
+        none = np.empty(0, dtype=np.int64)
+        all_predictors = np.concatenate([none, *predictors])
+        order = np.argsort(all_predictors, kind="stable")
+        unique_predictors, scored_predictor, counts = np.unique(
+            all_predictors[order], return_inverse=True, return_counts=True
+        )
+        return cls(
+            tokens=torch.from_numpy(tokens)[None],
+            input_pos=torch.from_numpy(input_pos)[None],
+            subtree_end=torch.from_numpy(subtree_end),
+            predictors=torch.from_numpy(unique_predictors),
+            scored_predictor=torch.from_numpy(scored_predictor),
+            scored_target=torch.from_numpy(np.concatenate([none, *targets])[order]),
+            scored_response=torch.from_numpy(np.concatenate([none, *owners])[order]),
+            num_scored=torch.from_numpy(num_scored),
+            predictor_offsets=[0, *np.cumsum(counts).tolist()],
+            # With no example, the first padding token is a chain: every parameter then has a gradient, if a zero one,
+            # as ranks that reduce gradients together need.
+            chains=chains or [Chain((0, 1), [])],
+            num_tokens=num_tokens,
+            paired_tokens=sum(tree.paired_tokens for tree in trees),
+        )
+
+    def to(self, device: torch.device) -> "Row":
+        """The same row with its tensors on ``device``."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self,
+            **{
+                name: value.to(device, non_blocking=True)
+                for name, value in tensors.items()
+                if isinstance(value, torch.Tensor)
+            },
+        )
+
+
+def bucket_length(num_tokens: int, multiple: int = 128) -> int:
+    """Rounds a row length up so that compiled attention sees few shapes.
+
+    Up to ``16 * multiple`` tokens every multiple is a bucket; beyond, there are eight buckets to a doubling, so that
+    padding stays below an eighth.
+
+    Args:
+        num_tokens (int): tokens in the row.
+        multiple (int): what every length is a multiple of. Default: 128, FlexAttention's block size.
+
+    Returns:
+        int: the row length.
+    """
+    step = multiple
+    while num_tokens > 16 * step:
+        step *= 2
+    return max(1, -(-num_tokens // step)) * step

@@ -1,0 +1,49 @@
+"""Log-probs of the scored tokens, and nothing else, from hidden states.
+
+Only hidden states that predict a scored token reach the output projection, a chunk at a time, so that the logits of a
+long row over a large vocabulary never stand in memory at once.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from prefix_sharing.rows import Row
+
+CHUNK_SIZE = 512
+"""Hidden states projected at a time: 256 MB of fp32 logits with a vocabulary of 128k."""
+
+
+def response_log_probs(project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, row: Row) -> torch.Tensor:
+    """Sums the log-probs of each response's scored tokens.
+
+    Args:
+        project (Callable[[torch.Tensor], torch.Tensor]): the model's output projection, ``[n, dim] -> [n, vocab]``.
+        hidden (torch.Tensor): normalized hidden states of the rows in ``row.predictors``, shape ``[p, dim]``.
+        row (Row): the row, on the device of ``hidden``.
+
+    Returns:
+        torch.Tensor: log-probs in fp32 (fp64 if the logits are), shape ``[E, K]``; 0 where nothing is scored.
+    """
+
+    def score(hidden: torch.Tensor, predictor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = project(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits[predictor, target] - logits.logsumexp(-1)[predictor]
+
+    num_predictors = hidden.shape[0]
+    token_log_probs = []
+    for first in range(0, max(num_predictors, 1), CHUNK_SIZE):
+        last = min(first + CHUNK_SIZE, num_predictors)
+        tokens = slice(row.predictor_offsets[first], row.predictor_offsets[last])
+        inputs = hidden[first:last], row.scored_predictor[tokens] - first, row.scored_target[tokens]
+        if num_predictors > CHUNK_SIZE and torch.is_grad_enabled():
+            # The backward projects the chunk once more instead of keeping its logits.
+            token_log_probs.append(checkpoint(score, *inputs, use_reentrant=False))
+        else:
+            token_log_probs.append(score(*inputs))
+
+    log_probs = torch.cat(token_log_probs)
+    totals = log_probs.new_zeros(row.num_scored.numel())
+    return totals.index_add(0, row.scored_response, log_probs).view(row.num_scored.shape)

@@ -1,0 +1,96 @@
+"""Every backend that can run computes dense attention under the tree's mask, gradients included."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import flex_attention as torch_flex
+
+from plain import response, rows_of_examples
+from prefix_sharing.attention import ChainsMask, FlexMask, choose_attention_backend, flex
+from prefix_sharing.errors import UserError
+from prefix_sharing.rows import Row
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
+
+
+def dense_attention(row, q, k, v):
+    length = row.tokens.shape[1]
+    i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    visible = (j <= i) & (i < row.subtree_end[None, :])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+
+
+def random_qkv(length, dtype):
+    return [
+        torch.randn(1, heads, length, HEAD_DIM, dtype=dtype, requires_grad=True)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+
+
+@pytest.fixture
+def eager_flex(monkeypatch):
+    """FlexAttention's eager operator, whose backward works on CPU once the device check is out of the way."""
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *args: None)
+    monkeypatch.setattr(flex, "_compiled_flex_attention", lambda: torch_flex.flex_attention)
+
+
+MASKS = pytest.mark.parametrize("mask_class", [ChainsMask, FlexMask])
+PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+
+
+@MASKS
+@PRECISIONS
+def test_outputs_and_gradients_are_those_of_dense_attention(eager_flex, mask_class, dtype, tolerance):
+    @settings(max_examples=25)
+    @given(rows_of_examples(), st.integers(0, 3))
+    def check(row_examples, padding):
+        row = Row.from_examples(row_examples)
+        row = Row.from_examples(row_examples, length=row.num_tokens + padding)
+        inputs = random_qkv(row.tokens.shape[1], dtype)
+        real = slice(0, row.num_tokens)
+        weight = torch.randn(1, HEADS, row.num_tokens, HEAD_DIM, dtype=dtype)
+
+        expected = dense_attention(row, *inputs)[:, :, real]
+        expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
+        output = mask_class(row).attend(*inputs)[:, :, real]
+        grads = torch.autograd.grad((output * weight).sum(), inputs)
+
+        torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(grad, expected_grad, rtol=tolerance, atol=tolerance * 10)
+
+    check()
+
+
+@pytest.mark.parametrize("length", [384, 300])
+def test_compiled_flex_forward_uses_the_block_mask(length):
+    prompt = torch.randint(0, 20, (150,)).tolist()
+    answers = [[1] + [3] * 60, [2] + [4] * 40]
+    example = [response(prompt + a, [0] * 150 + [1] * len(a)) for a in answers]
+    row = Row.from_examples([example], length=length)
+    q, k, v = (x.detach() for x in random_qkv(length, torch.float32))
+    with torch.no_grad():
+        output = FlexMask(row).attend(q, k, v)
+        expected = dense_attention(row, q, k, v)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_chains_leave_padding_at_zero():
+    row = Row.from_examples([[response([1, 2, 3], [0, 1, 1])]], length=5)
+    output = ChainsMask(row).attend(*random_qkv(5, torch.float32))
+    assert (output[:, :, 2:] == 0).all()
+
+
+def test_backend_is_chosen_by_device():
+    assert choose_attention_backend(None, torch.device("cuda")) == "flex"
+    assert choose_attention_backend(None, torch.device("cpu")) == "chains"
+    assert choose_attention_backend("chains", torch.device("cuda")) == "chains"
+
+
+def test_a_backend_that_cannot_run_is_refused_with_the_way_out():
+    with pytest.raises(UserError, match="flex cannot train on cpu.*use chains"):
+        choose_attention_backend("flex", torch.device("cpu"))
+    with pytest.raises(UserError, match="no backend 'flash'; choose one of flex, chains"):
+        choose_attention_backend("flash", torch.device("cpu"))

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
+
+from plain import rows_of_examples
+from prefix_sharing.attention import tree_block_mask
+from prefix_sharing.rows import Row
+
+
+def blocks(block_mask, which):
+    """The key blocks each query block meets, as sets."""
+    counts, indices = (
+        (block_mask.kv_num_blocks, block_mask.kv_indices)
+        if which == "partial"
+        else (block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    )
+    return [set(indices[0, 0, q, :n].tolist()) for q, n in enumerate(counts[0, 0].tolist())]
+
+
+def assert_equal_to_create_block_mask(subtree_end, block_size):
+    length = len(subtree_end)
+    ours = tree_block_mask(subtree_end, block_size)
+    theirs = create_block_mask(
+        lambda b, h, q, kv: (kv <= q) & (q < subtree_end[kv]), 1, 1, length, length, device="cpu", BLOCK_SIZE=block_size
+    )
+    assert blocks(ours, "full") == blocks(theirs, "full")
+    assert blocks(ours, "partial") == blocks(theirs, "partial")
+    assert ours.seq_lengths == theirs.seq_lengths
+    assert ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+
+
+@settings(max_examples=60)
+@given(rows_of_examples(), st.integers(0, 40), st.sampled_from([4, 8]))
+def test_small_blocks_of_random_trees(row_examples, padding, block_size):
+    num_tokens = Row.from_examples(row_examples).num_tokens
+    row = Row.from_examples(row_examples, length=num_tokens + padding + 1)
+    assert_equal_to_create_block_mask(row.subtree_end, block_size)
+
+
+@st.composite
+def random_subtree_ends(draw):
+    """Trees of realistic size, as [prefix, branch, branch, ...] with random lengths."""
+    ends = []
+    for _ in range(draw(st.integers(1, 4))):
+        start = len(ends)
+        prefix = draw(st.integers(0, 400))
+        branches = draw(st.lists(st.integers(1, 300), min_size=1, max_size=3))
+        end = start + prefix + sum(branches)
+        ends += [end] * prefix
+        for branch in branches:
+            ends += [len(ends) + branch] * branch
+    padding = draw(st.integers(0, 200))
+    ends += range(len(ends) + 1, len(ends) + padding + 1)
+    return torch.tensor(ends)
+
+
+@settings(max_examples=25)
+@given(random_subtree_ends())
+def test_blocks_of_128(subtree_end):
+    assert_equal_to_create_block_mask(subtree_end, 128)
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
+def test_all_padding(length):
+    assert_equal_to_create_block_mask(torch.arange(1, length + 1), 128)

@@ -1,0 +1,141 @@
+"""The invariant: log-probs, counts and gradients are those of each response computed as its own full sequence."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchtune.models.gemma import gemma
+from torchtune.models.gemma2 import gemma2
+from torchtune.models.llama3_2 import llama3_2
+from torchtune.models.phi3 import phi3
+
+from attention.test_backends import eager_flex  # noqa: F401
+from plain import FAMILIES, VOCAB, in_double, plain_log_probs, plain_num_scored, response, rows_of_examples
+from prefix_sharing import scoring
+from prefix_sharing.errors import UserError
+from prefix_sharing.model import to_tree_model
+from prefix_sharing.rows import Row
+
+PRECISIONS = {"fp64": (torch.float64, 1e-10), "fp32": (torch.float32, 1e-5)}
+
+
+@functools.cache
+def models(family, backend, precision):
+    """A plain model and a tree model with the same weights."""
+    torch.manual_seed(1)
+    plain = FAMILIES[family]()
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    tree = FAMILIES[family]()
+    tree.load_state_dict(plain.state_dict())
+    tree = to_tree_model(tree, backend)
+    return (in_double(plain), in_double(tree)) if precision == "fp64" else (plain, tree)
+
+
+def relative_error(actual, expected):
+    return ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def assert_equals_plain(family, backend, precision, row_examples, *, share_prefix, padding):
+    _, tolerance = PRECISIONS[precision]
+    plain, tree = models(family, backend, precision)
+    num_tokens = Row.from_examples(row_examples, share_prefix=share_prefix).num_tokens
+    row = Row.from_examples(row_examples, share_prefix=share_prefix, length=num_tokens + padding)
+    output = tree(row)
+
+    expected = [plain_log_probs(plain, example) for example in row_examples]
+    for e, example in enumerate(row_examples):
+        assert relative_error(output.log_probs[e, : len(example)], expected[e]) <= tolerance
+        assert output.num_scored[e, : len(example)].tolist() == plain_num_scored(example)
+        assert (output.log_probs[e, len(example) :] == 0).all()
+
+    weights = [torch.randn_like(e) for e in expected]
+    plain.zero_grad()
+    sum((w * e).sum() for w, e in zip(weights, expected, strict=True)).backward()
+    tree.zero_grad()
+    sum((w * output.log_probs[i, : len(w)]).sum() for i, w in enumerate(weights)).backward()
+    # An error is relative to the gradient as a whole: a parameter whose own gradient cancels has only rounding left.
+    scale = torch.stack([p.grad.norm() for p in plain.parameters()]).norm()
+    for (name, p), (tree_name, q) in zip(plain.named_parameters(), tree.named_parameters(), strict=True):
+        assert name == tree_name
+        assert (p.grad - q.grad).norm() <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("backend", ["chains", "flex"])
+def test_random_trees_equal_plain_sequences(eager_flex, backend, precision):  # noqa: F811
+    @settings(max_examples=40)
+    @given(rows_of_examples(), st.booleans(), st.integers(0, 3))
+    def check(row_examples, share_prefix, padding):
+        assert_equals_plain(
+            "llama3_2_tied", backend, precision, row_examples, share_prefix=share_prefix, padding=padding
+        )
+
+    check()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_equals_its_plain_forward(family, precision):
+    @settings(max_examples=8)
+    @given(rows_of_examples())
+    def check(row_examples):
+        assert_equals_plain(family, "chains", precision, row_examples, share_prefix=True, padding=1)
+
+    check()
+
+
+def test_chunked_projection_changes_nothing(monkeypatch):
+    monkeypatch.setattr(scoring, "CHUNK_SIZE", 3)
+    tokens = torch.randint(0, VOCAB, (3, 12)).tolist()
+    row_examples = [[response([5, 6, *t], [0, 1, *[1] * 12]) for t in tokens]]
+    assert_equals_plain("llama3", "chains", "fp64", row_examples, share_prefix=True, padding=0)
+
+
+def test_chunked_projection_keeps_the_logits_of_no_chunk(monkeypatch):
+    monkeypatch.setattr(scoring, "CHUNK_SIZE", 4)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        _, tree = models("llama3", "chains", "fp32")
+        tree(Row.from_examples([[response(range(20), [1] * 20)]]))
+    assert not any(shape[-1:] == (VOCAB,) for shape in kept)
+
+
+def test_a_row_of_padding_has_zero_gradients_everywhere():
+    _, tree = models("llama3_2_tied", "chains", "fp32")
+    output = tree(Row.from_examples([], length=4))
+    assert output.log_probs.shape == (0, 1)
+    tree.zero_grad()
+    output.log_probs.sum().backward()
+    assert all((p.grad == 0).all() for p in tree.parameters())
+
+
+def test_state_dict_keys_stay():
+    plain, tree = models("llama3_2_tied", "chains", "fp32")
+    assert list(plain.state_dict()) == list(tree.state_dict())
+
+
+def test_log_probs_are_reduced_in_fp32_under_bf16_autocast():
+    _, tree = models("llama3", "chains", "fp32")
+    row = Row.from_examples([[response([1, 2, 3, 4], [0, 1, 1, 1])]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = tree(row)
+    assert output.log_probs.dtype == torch.float32
+    torch.testing.assert_close(output.log_probs, tree(row).log_probs, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("build", "part"),
+    [
+        (lambda d: gemma(**d, head_dim=4, intermediate_dim=24), "GemmaNormEmbeddings"),
+        (lambda d: gemma2(**d, head_dim=4, intermediate_dim=24), "GemmaNormEmbeddings"),
+        (lambda d: phi3(**d, intermediate_dim=24), "Phi3RotaryPositionalEmbeddings"),
+        (lambda d: llama3_2(**d, attn_dropout=0.1), "attn_dropout above 0"),
+    ],
+)
+def test_other_families_are_refused_by_name(build, part):
+    dims = {"vocab_size": 9, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 16, "max_seq_len": 8}
+    with pytest.raises(UserError, match=part):
+        to_tree_model(build(dims), "chains")
