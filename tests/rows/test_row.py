@@ -50,7 +50,7 @@ def test_a_row_of_no_examples_is_padding():
     row = Row.from_examples([], length=4)
     assert row.num_tokens == 0
     assert row.tokens.shape == (1, 4)
-    assert row.num_scored.shape == (0, 1)
+    assert row.num_scored.shape == (0, 0)
     assert row.subtree_end.tolist() == [1, 2, 3, 4]
 
 

@@ -49,7 +49,7 @@ def tree_block_mask(subtree_end: torch.Tensor, block_size: int = 128) -> BlockMa
 
 
 def _counts_and_indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many key blocks each query block meets, and which, those met first; shapes ``[1, 1, n]``, ``[1, 1, n, n]``."""
+    """How many key blocks each query block meets, ``[1, 1, n]``, and which, those met first, ``[1, 1, n, n]``."""
     counts = blocks.sum(-1, dtype=torch.int32)
     indices = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
     return counts[None, None], indices[None, None]

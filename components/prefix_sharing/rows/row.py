@@ -16,7 +16,7 @@ from prefix_sharing.rows.tree import Chain, PrefixTree, Response
 class Row:
     """The input of one forward pass: ``[prefix, chosen, rejected] [prefix, ...] ... padding``.
 
-    Shape notation: s row length, E examples, K responses of the example with most, p rows that predict something,
+    Shape notation: s row length, E examples, K responses an example, p rows that predict something,
     m scored tokens (a token in a shared prefix counted once for each response).
 
     Attributes:
@@ -58,6 +58,7 @@ class Row:
         *,
         share_prefix: bool = True,
         length: int | None = None,
+        num_responses: int | None = None,
     ) -> "Row":
         """Lays examples out one after the other.
 
@@ -66,6 +67,7 @@ class Row:
                 padding, which costs a forward pass and contributes nothing.
             share_prefix (bool): False computes every response on its own. Default: True.
             length (int | None): row length to pad to. Default: None, no padding.
+            num_responses (int | None): K. Default: None, the most that an example of this row has.
 
         Returns:
             Row: on the CPU.
@@ -79,11 +81,12 @@ class Row:
         if num_tokens > length:
             raise ValueError(f"The examples need {num_tokens} tokens, more than the row length {length}.")
 
-        max_responses = max((len(tree.num_scored) for tree in trees), default=1)
+        if num_responses is None:
+            num_responses = max((len(tree.num_scored) for tree in trees), default=0)
         tokens = np.zeros(length, dtype=np.int64)
         input_pos = np.zeros(length, dtype=np.int64)
         subtree_end = np.arange(1, length + 1)
-        num_scored = np.zeros((len(trees), max_responses), dtype=np.int64)
+        num_scored = np.zeros((len(trees), num_responses), dtype=np.int64)
         predictors, targets, owners, chains = [], [], [], []
         offset = 0
         for e, tree in enumerate(trees):
@@ -94,7 +97,7 @@ class Row:
             num_scored[e, : len(tree.num_scored)] = tree.num_scored
             predictors.append(tree.predictors + offset)
             targets.append(tree.targets)
-            owners.append(tree.responses + e * max_responses)
+            owners.append(tree.responses + e * num_responses)
             chains += [chain.shifted(offset) for chain in tree.chains]
             offset += len(tree)
 

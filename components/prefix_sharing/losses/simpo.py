@@ -1,0 +1,73 @@
+"""Simple preference optimization."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from prefix_sharing.losses.pairs import PairwiseLoss, average_log_probs, chosen_and_rejected
+
+
+@dataclass(frozen=True)
+class SimPOLoss:
+    r"""The loss of `SimPO: Simple Preference Optimization with a Reference-Free Reward <https://arxiv.org/abs/2405.14734>`_.
+
+    With :math:`h = \frac{1}{|y_w|}\log\pi(y_w|x) - \frac{1}{|y_l|}\log\pi(y_l|x)`:
+
+    .. math::
+        L = -(1 - \epsilon) \log\sigma(\beta h - \gamma) - \epsilon \log\sigma(-(\beta h - \gamma))
+
+    The reward of a response is :math:`\frac{\beta}{|y|}\log\pi(y|x)`; :math:`|y|` counts scored tokens.
+
+    Args:
+        beta (float): scale of the rewards; the paper uses 2.0 to 10. Default: 2.0.
+        gamma (float | None): margin by which the chosen reward has to lead. Default: None, taken from
+            ``gamma_beta_ratio``.
+        gamma_beta_ratio (float | None): the margin as a share of ``beta``, as the paper tunes it. Default: None, which is
+            0.25 unless ``gamma`` is given.
+        label_smoothing (float): probability :math:`\epsilon` that a preference is the wrong way round. Default: 0.0.
+
+    Raises:
+        ValueError: if ``beta`` is not positive, ``label_smoothing`` not in [0, 0.5), or both margins are given.
+    """  # noqa: E501
+
+    beta: float = 2.0
+    gamma: float | None = None
+    gamma_beta_ratio: float | None = None
+    label_smoothing: float = 0.0
+
+    needs_reference: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise ValueError(f"beta must be positive, not {self.beta}.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}.")
+        if self.gamma is not None and self.gamma_beta_ratio is not None:
+            raise ValueError("gamma and gamma_beta_ratio both set the margin; give one of them.")
+
+    @property
+    def margin(self) -> float:
+        """By how much the chosen reward has to lead, whichever way it was given."""
+        if self.gamma is not None:
+            return self.gamma
+        return self.beta * (0.25 if self.gamma_beta_ratio is None else self.gamma_beta_ratio)
+
+    def __call__(
+        self, log_probs: torch.Tensor, num_scored: torch.Tensor, reference_log_probs: torch.Tensor | None = None
+    ) -> PairwiseLoss:
+        """Computes the loss of each pair.
+
+        Args:
+            log_probs (torch.Tensor): summed log-probs under the policy, chosen first, shape ``[E, 2]``.
+            num_scored (torch.Tensor): number of scored tokens, shape ``[E, 2]``.
+            reference_log_probs (torch.Tensor | None): not used.
+
+        Returns:
+            PairwiseLoss: losses and rewards, each of shape ``[E]``.
+        """
+        chosen_rewards, rejected_rewards = chosen_and_rejected(self.beta * average_log_probs(log_probs, num_scored))
+        logits = chosen_rewards - rejected_rewards - self.margin
+        losses = -(1 - self.label_smoothing) * F.logsigmoid(logits) - self.label_smoothing * F.logsigmoid(-logits)
+        return PairwiseLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())

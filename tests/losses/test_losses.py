@@ -1,0 +1,142 @@
+"""Each loss against hand-computed values, an independent formulation, and the ends of its range."""
+
+import math
+
+import pytest
+import torch
+from torchtune.rlhf.loss import DPOLoss as TorchtuneDPOLoss
+
+from prefix_sharing.losses import DPOLoss, ORPOLoss, SimPOLoss
+
+COUNTS = torch.tensor([[4, 2], [1, 5], [7, 7]])
+
+
+def random_pairs(scale=20.0):
+    return [-scale * torch.rand(3, 2, dtype=torch.float64) for _ in range(2)]
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_dpo_equals_torchtunes(beta, label_smoothing):
+    policy, reference = random_pairs()
+    ours = DPOLoss(beta=beta, label_smoothing=label_smoothing)(policy, COUNTS, reference)
+    theirs = TorchtuneDPOLoss(beta=beta, label_smoothing=label_smoothing)(
+        policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1]
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+def test_dpo_by_hand():
+    loss = DPOLoss(beta=0.5)(torch.tensor([[-3.0, -7.0]]), COUNTS[:1], torch.tensor([[-4.0, -5.0]]))
+    # rewards 0.5 * (-3 + 4) = 0.5 and 0.5 * (-7 + 5) = -1
+    assert loss.chosen_rewards.item() == 0.5
+    assert loss.rejected_rewards.item() == -1.0
+    assert loss.losses.item() == pytest.approx(-math.log(sigmoid(1.5)))
+
+
+def test_dpo_of_policy_and_reference_alike_is_ln_2():
+    policy, _ = random_pairs()
+    loss = DPOLoss()(policy, COUNTS, policy)
+    torch.testing.assert_close(loss.losses, torch.full((3,), math.log(2), dtype=torch.float64))
+    assert (loss.chosen_rewards == 0).all()
+
+
+def test_simpo_by_hand():
+    loss = SimPOLoss(beta=2.0, gamma=0.5)(torch.tensor([[-4.0, -6.0]]), COUNTS[:1])
+    # rewards 2 * -4 / 4 = -2 and 2 * -6 / 2 = -6
+    assert loss.chosen_rewards.item() == -2.0
+    assert loss.rejected_rewards.item() == -6.0
+    assert loss.losses.item() == pytest.approx(-math.log(sigmoid(4 - 0.5)))
+
+
+def test_simpo_in_the_form_of_its_authors_code():
+    policy, _ = random_pairs()
+    beta, ratio, smoothing = 2.5, 0.4, 0.1
+    ours = SimPOLoss(beta=beta, gamma_beta_ratio=ratio, label_smoothing=smoothing)(policy, COUNTS)
+    logits = (policy / COUNTS)[:, 0] - (policy / COUNTS)[:, 1] - ratio
+    expected = (1 - smoothing) * torch.log1p(torch.exp(-beta * logits)) + smoothing * torch.log1p(
+        torch.exp(beta * logits)
+    )
+    torch.testing.assert_close(ours.losses, expected)
+
+
+def test_simpo_takes_its_margin_one_way():
+    assert SimPOLoss(beta=2.0).margin == 0.5
+    assert SimPOLoss(beta=2.0, gamma_beta_ratio=0.3).margin == 0.6
+    assert SimPOLoss(beta=2.0, gamma=1.4).margin == 1.4
+    with pytest.raises(ValueError, match="give one of them"):
+        SimPOLoss(gamma=1.0, gamma_beta_ratio=0.5)
+
+
+def test_orpo_by_hand():
+    log_probs = torch.tensor([[4 * math.log(0.5), 2 * math.log(0.2)]])
+    loss = ORPOLoss(beta=0.3)(log_probs, COUNTS[:1])
+    # per-token probabilities 0.5 and 0.2: odds 1 and 1/4
+    assert loss.losses.item() == pytest.approx(-math.log(0.5) - 0.3 * math.log(sigmoid(math.log(4))), rel=1e-6)
+    assert loss.chosen_rewards.item() == pytest.approx(0.3 * math.log(0.5))
+
+
+def test_orpo_from_odds_themselves():
+    policy, _ = random_pairs()
+    p = torch.exp(policy / COUNTS)
+    odds = p / (1 - p)
+    expected = -torch.log(p[:, 0]) - 0.1 * torch.log(1 / (1 + odds[:, 1] / odds[:, 0]))
+    torch.testing.assert_close(ORPOLoss()(policy, COUNTS).losses, expected)
+
+
+def test_orpo_weighs_pairs_alike_whatever_their_lengths():
+    log_probs = torch.tensor([[-1.0, -2.0]])
+    short, long = torch.tensor([[1, 1]]), torch.tensor([[100, 100]])
+    a, b = ORPOLoss()(log_probs, short).losses, ORPOLoss()(100 * log_probs, long).losses
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loss", [DPOLoss(), SimPOLoss(), ORPOLoss()])
+def test_extreme_log_probs_give_finite_losses_and_gradients(loss, dtype):
+    ends = [0.0, -1e-30, -1e-8, -1.0, -1e4, -1e8]
+    log_probs = torch.tensor([[a, b] for a in ends for b in ends], dtype=dtype, requires_grad=True)
+    counts = torch.ones_like(log_probs, dtype=torch.long)
+    result = loss(log_probs, counts, torch.zeros_like(log_probs))
+    (grad,) = torch.autograd.grad(result.losses.sum(), log_probs)
+    for value in (*result, grad):
+        assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [DPOLoss(), SimPOLoss(), ORPOLoss()])
+def test_gradients_are_those_of_finite_differences(loss):
+    policy, reference = random_pairs(3.0)
+    policy.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: loss(x, COUNTS, reference).losses, policy)
+
+
+@pytest.mark.parametrize("loss", [DPOLoss(), SimPOLoss(), ORPOLoss()])
+def test_pairwise_losses_refuse_other_than_pairs(loss):
+    three = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="needs 2 responses an example, but there are 3"):
+        loss(three, torch.ones(2, 3), three)
+
+
+@pytest.mark.parametrize("loss", [DPOLoss(), SimPOLoss(), ORPOLoss()])
+def test_no_examples_have_no_losses(loss):
+    none = torch.zeros(0, 2)
+    assert loss(none, none, none).losses.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: DPOLoss(beta=0), lambda: SimPOLoss(beta=-1), lambda: ORPOLoss(-1), lambda: DPOLoss(0.1, 0.5)]
+)
+def test_parameters_out_of_range_are_refused(make):
+    with pytest.raises(ValueError, match="must"):
+        make()
+
+
+def test_only_dpo_needs_a_reference():
+    assert DPOLoss.needs_reference
+    assert not SimPOLoss.needs_reference
+    assert not ORPOLoss.needs_reference
