@@ -41,8 +41,7 @@ def relative_error(actual, expected):
 def assert_equals_plain(family, backend, precision, row_examples, *, share_prefix, padding):
     _, tolerance = PRECISIONS[precision]
     plain, tree = models(family, backend, precision)
-    num_tokens = Row.from_examples(row_examples, share_prefix=share_prefix).num_tokens
-    row = Row.from_examples(row_examples, share_prefix=share_prefix, length=num_tokens + padding)
+    row = Row.from_examples(row_examples, share_prefix=share_prefix, round_length=lambda n: n + padding)
     output = tree(row)
 
     expected = [plain_log_probs(plain, example) for example in row_examples]
@@ -105,7 +104,7 @@ def test_chunked_projection_keeps_the_logits_of_no_chunk(monkeypatch):
 
 def test_a_row_of_padding_has_zero_gradients_everywhere():
     _, tree = models("llama3_2_tied", "chains", "fp32")
-    output = tree(Row.from_examples([], length=4))
+    output = tree(Row.from_examples([], round_length=lambda n: 4))
     assert output.log_probs.shape == (0, 0)
     tree.zero_grad()
     output.log_probs.sum().backward()

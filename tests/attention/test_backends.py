@@ -46,8 +46,7 @@ def test_outputs_and_gradients_are_those_of_dense_attention(eager_flex, mask_cla
     @settings(max_examples=25)
     @given(rows_of_examples(), st.integers(0, 3))
     def check(row_examples, padding):
-        row = Row.from_examples(row_examples)
-        row = Row.from_examples(row_examples, length=row.num_tokens + padding)
+        row = Row.from_examples(row_examples, round_length=lambda n: n + padding)
         inputs = random_qkv(row.tokens.shape[1], dtype)
         real = slice(0, row.num_tokens)
         weight = torch.randn(1, HEADS, row.num_tokens, HEAD_DIM, dtype=dtype)
@@ -69,7 +68,7 @@ def test_compiled_flex_forward_uses_the_block_mask(length):
     prompt = torch.randint(0, 20, (150,)).tolist()
     answers = [[1] + [3] * 60, [2] + [4] * 40]
     example = [response(prompt + a, [0] * 150 + [1] * len(a)) for a in answers]
-    row = Row.from_examples([example], length=length)
+    row = Row.from_examples([example], round_length=lambda n: length)
     q, k, v = (x.detach() for x in random_qkv(length, torch.float32))
     with torch.no_grad():
         output = FlexMask(row).attend(q, k, v)
@@ -78,7 +77,7 @@ def test_compiled_flex_forward_uses_the_block_mask(length):
 
 
 def test_chains_leave_padding_at_zero():
-    row = Row.from_examples([[response([1, 2, 3], [0, 1, 1])]], length=5)
+    row = Row.from_examples([[response([1, 2, 3], [0, 1, 1])]], round_length=lambda n: 5)
     output = ChainsMask(row).attend(*random_qkv(5, torch.float32))
     assert (output[:, :, 2:] == 0).all()
 

@@ -34,8 +34,7 @@ def assert_equal_to_create_block_mask(subtree_end, block_size):
 @settings(max_examples=60)
 @given(rows_of_examples(), st.integers(0, 40), st.sampled_from([4, 8]))
 def test_small_blocks_of_random_trees(row_examples, padding, block_size):
-    num_tokens = Row.from_examples(row_examples).num_tokens
-    row = Row.from_examples(row_examples, length=num_tokens + padding + 1)
+    row = Row.from_examples(row_examples, round_length=lambda n: n + padding + 1)
     assert_equal_to_create_block_mask(row.subtree_end, block_size)
 
 

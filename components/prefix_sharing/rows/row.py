@@ -3,7 +3,7 @@
 A micro-batch is always one row; there is no batch dimension to pad.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -57,8 +57,8 @@ class Row:
         examples: Sequence[Sequence[Response]],
         *,
         share_prefix: bool = True,
-        length: int | None = None,
         num_responses: int | None = None,
+        round_length: Callable[[int], int] | None = None,
     ) -> "Row":
         """Lays examples out one after the other.
 
@@ -66,21 +66,16 @@ class Row:
             examples (Sequence[Sequence[Response]]): the responses of each example. No example at all gives a row of
                 padding, which costs a forward pass and contributes nothing.
             share_prefix (bool): False computes every response on its own. Default: True.
-            length (int | None): row length to pad to. Default: None, no padding.
             num_responses (int | None): K. Default: None, the most that an example of this row has.
+            round_length (Callable[[int], int] | None): the row length for a number of tokens, such as
+                ``bucket_length``. Default: None, no padding.
 
         Returns:
             Row: on the CPU.
-
-        Raises:
-            ValueError: if the examples need more than ``length`` tokens.
         """
         trees = [PrefixTree.from_responses(example, share_prefix=share_prefix) for example in examples]
         num_tokens = sum(len(tree) for tree in trees)
-        length = max(num_tokens, 1) if length is None else length
-        if num_tokens > length:
-            raise ValueError(f"The examples need {num_tokens} tokens, more than the row length {length}.")
-
+        length = max(num_tokens, 1) if round_length is None else round_length(num_tokens)
         if num_responses is None:
             num_responses = max((len(tree.num_scored) for tree in trees), default=0)
         tokens = np.zeros(length, dtype=np.int64)

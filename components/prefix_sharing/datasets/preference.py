@@ -1,0 +1,349 @@
+"""The preference data set: rows as people have them, tokenized once, cached and memory-mapped by ``datasets``."""
+
+import copy
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow.compute as pc
+from torch.utils.data import Dataset
+from torchtune.data import Message
+from torchtune.modules.transforms.tokenizers import ModelTokenizer
+
+import datasets
+import prefix_sharing
+from prefix_sharing.datasets.conversations import (
+    Format,
+    RowError,
+    Turn,
+    check_format,
+    recognise_format,
+    to_conversations,
+)
+from prefix_sharing.datasets.source import describe_row, describe_source, load_rows
+from prefix_sharing.errors import UserError
+from prefix_sharing.rows import Response
+
+log = logging.getLogger(__name__)
+
+MaskingStrategy = Literal["train_on_assistant", "train_on_last", "train_on_all"]
+Truncation = Literal["keep_start", "keep_end", "drop"]
+
+_FEATURES = datasets.Features(
+    {
+        "tokens": datasets.Sequence(datasets.Sequence(datasets.Value("int32"))),
+        "scored": datasets.Sequence(datasets.Sequence(datasets.Value("bool"))),
+        "dropped": datasets.Value("string"),
+        "num_responses": datasets.Value("int32"),
+        "longest": datasets.Value("int32"),
+        "largest_id": datasets.Value("int32"),
+    }
+)
+
+_ROWS_PER_PROCESS = 1000
+"""Below this, starting a process takes longer than its share of the tokenizing."""
+
+
+class PrefixPreferenceDataset(Dataset):
+    """Tokenized examples, each with its K response sequences, best first.
+
+    Args:
+        tokenized (datasets.Dataset): what tokenizing made of every row, dropped ones included.
+        name (str): where the rows come from, for messages.
+
+    Attributes:
+        name (str): where the rows come from.
+        num_rows (int): rows read.
+        dropped (dict[str, int]): rows not used, by reason.
+        num_responses (int): K, the most that an example has.
+        min_responses (int): the fewest.
+        longest (int): tokens in the longest response sequence.
+        largest_id (int): largest token id.
+    """
+
+    def __init__(self, tokenized: datasets.Dataset, name: str) -> None:
+        self.name = name
+        self.num_rows = len(tokenized)
+        reasons = tokenized["dropped"][:]
+        self.dropped = {reason: n for reason, n in sorted(Counter(reasons).items()) if reason}
+        if len(reasons) == sum(self.dropped.values()):
+            why = f" (dropped by reason: {self._describe_drops()})" if self.dropped else ""
+            raise UserError(f"dataset: {name} has no example to train on{why}.")
+        columns = tokenized.data
+        self.num_responses = pc.max(columns.column("num_responses")).as_py()
+        self.min_responses = pc.min(columns.column("num_responses")).as_py()
+        self.longest = pc.max(columns.column("longest")).as_py()
+        self.largest_id = pc.max(columns.column("largest_id")).as_py()
+        if self.dropped:
+            tokenized = tokenized.select([i for i, reason in enumerate(reasons) if not reason])
+        self._examples = tokenized.select_columns(["tokens", "scored"]).with_format("numpy")
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> list[Response]:
+        """The K response sequences of an example."""
+        example = self._examples[index]
+        return [
+            Response(np.asarray(tokens, dtype=np.int64), np.asarray(scored, dtype=bool))
+            for tokens, scored in zip(example["tokens"], example["scored"], strict=True)
+        ]
+
+    def _describe_drops(self) -> str:
+        return ", ".join(f"{reason}: {n:,}" for reason, n in self.dropped.items())
+
+    def __repr__(self) -> str:
+        drops = f" ({self._describe_drops()})" if self.dropped else ""
+        return (
+            f"{self.name}: {self.num_rows:,} rows = {len(self):,} used + {sum(self.dropped.values()):,} dropped{drops}"
+        )
+
+
+def prefix_preference_dataset(
+    tokenizer: ModelTokenizer,
+    *,
+    source: str,
+    split: str = "train",
+    format: Format | None = None,
+    column_map: dict[str, str] | None = None,
+    masking_strategy: MaskingStrategy | None = None,
+    train_on_input: bool = False,
+    new_system_prompt: str | None = None,
+    max_seq_len: int | None = None,
+    truncation: Truncation = "keep_start",
+    filter_fn: Callable[[dict], bool] | str | None = None,
+    **load_dataset_kwargs: Any,
+) -> PrefixPreferenceDataset:
+    """Builds a preference data set from files or the hub, for a config.
+
+    The rows may be in any form of ``prefix_sharing.datasets.conversations``; which one is recognised from the columns
+    and the first rows. They are tokenized in parallel, once: ``datasets`` caches the result under a fingerprint of the
+    rows, the tokenizer and every argument here.
+
+    Rows without a preference to learn are dropped, counted by reason, and the counts logged: identical responses, a
+    response with nothing scored or no text.
+
+    Args:
+        tokenizer (ModelTokenizer): one of torchtune's, or ``prefix_sharing.tokenizers.hf_chat_tokenizer``.
+        source (str): hub name, or the kind of the local files in ``data_files`` (``json``, ``parquet``).
+        split (str): which split. Default: "train".
+        format (Format | None): ``messages``, ``text``, ``hh`` or ``ranked``. Default: None, recognised.
+        column_map (dict[str, str] | None): actual name of a column for each expected one that is named otherwise.
+        masking_strategy (MaskingStrategy | None): which tokens are scored: those of every assistant turn
+            (``train_on_assistant``, torchtune's convention and the default), of the last one (``train_on_last``, TRL's
+            convention), or of every turn (``train_on_all``).
+        train_on_input (bool): torchtune's older name for ``train_on_all``. Default: False.
+        new_system_prompt (str | None): system turn put in place of the rows' own; never scored.
+        max_seq_len (int | None): most tokens in a response sequence. Default: None, the tokenizer's ``max_seq_len``.
+        truncation (Truncation): what happens to an example that exceeds it: ``keep_start`` cuts each response at the
+            end, ``keep_end`` cuts the same number of tokens from the start of all its responses, so that they still
+            answer the same prompt, ``drop`` drops the example. Nothing is written over a cut. Default: "keep_start".
+        filter_fn (Callable[[dict], bool] | str | None): rows for which it is false are dropped, and counted. A config
+            names it by its dotted path.
+        **load_dataset_kwargs (Any): ``data_files`` and whatever else ``datasets.load_dataset`` takes.
+
+    Returns:
+        PrefixPreferenceDataset: the data set.
+
+    Raises:
+        UserError: if the data cannot be loaded, an argument is wrong, a row is malformed (the message names file, row
+            and key), or no example is left.
+
+    Example:
+        .. code-block:: yaml
+
+            dataset:
+              _component_: prefix_sharing.datasets.prefix_preference_dataset
+              source: json
+              data_files: my_pairs.jsonl
+              split: train[:90%]
+    """
+    _check_choice("masking_strategy", masking_strategy, get_args(MaskingStrategy), optional=True)
+    _check_choice("truncation", truncation, get_args(Truncation))
+    if train_on_input:
+        if masking_strategy not in (None, "train_on_all"):
+            raise UserError(f"dataset: train_on_input is true, but masking_strategy is {masking_strategy}; keep one.")
+        masking_strategy = "train_on_all"
+    rows = load_rows(source, split=split, **load_dataset_kwargs)
+    return preference_dataset_from_rows(
+        rows,
+        tokenizer,
+        name=describe_source(source, load_dataset_kwargs),
+        describe_row=lambda index: describe_row(rows, index, source, load_dataset_kwargs),
+        format=format,
+        column_map=column_map,
+        masking_strategy=masking_strategy or "train_on_assistant",
+        new_system_prompt=new_system_prompt,
+        max_seq_len=max_seq_len,
+        truncation=truncation,
+        filter_fn=filter_fn,
+    )
+
+
+def preference_dataset_from_rows(
+    rows: datasets.Dataset,
+    tokenizer: ModelTokenizer,
+    *,
+    name: str,
+    describe_row: Callable[[int], str] | None = None,
+    format: Format | None = None,
+    column_map: dict[str, str] | None = None,
+    masking_strategy: MaskingStrategy = "train_on_assistant",
+    new_system_prompt: str | None = None,
+    max_seq_len: int | None = None,
+    truncation: Truncation = "keep_start",
+    filter_fn: Callable[[dict], bool] | str | None = None,
+) -> PrefixPreferenceDataset:
+    """Builds a preference data set from rows that are loaded already.
+
+    Args:
+        rows (datasets.Dataset): the rows.
+        tokenizer (ModelTokenizer): see ``prefix_preference_dataset``, as for every argument not named here.
+        name (str): where the rows come from, for messages.
+        describe_row (Callable[[int], str] | None): names a row in a message. Default: None, ``name`` and its index.
+        format (Format | None): see there.
+        column_map (dict[str, str] | None): see there.
+        masking_strategy (MaskingStrategy): see there.
+        new_system_prompt (str | None): see there.
+        max_seq_len (int | None): see there.
+        truncation (Truncation): see there.
+        filter_fn (Callable[[dict], bool] | str | None): see there.
+
+    Returns:
+        PrefixPreferenceDataset: the data set.
+
+    Raises:
+        UserError: as there.
+    """
+    columns = dict(column_map or {})
+    if format is None:
+        format = recognise_format(columns, rows.column_names, rows.select(range(min(8, len(rows)))).to_list())
+        log.info("%s: recognised format '%s'", name, format)
+    else:
+        check_format(format, columns, rows.column_names)
+    if isinstance(filter_fn, str):
+        filter_fn = _resolve_filter(filter_fn)
+    if max_seq_len is None:
+        max_seq_len = tokenizer.max_seq_len
+    if tokenizer.max_seq_len is not None:
+        # torchtune's tokenizers cut by themselves, and write EOS over the last token, which would then be learned.
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.max_seq_len = None
+
+    tokenize = _TokenizeRow(
+        tokenizer, format, columns, masking_strategy, new_system_prompt, max_seq_len, truncation, filter_fn
+    )
+    num_processes = min(os.cpu_count() or 1, len(rows) // _ROWS_PER_PROCESS)
+    try:
+        tokenized = rows.map(
+            tokenize,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=_FEATURES,
+            num_proc=num_processes if num_processes > 1 else None,
+            desc=f"Tokenizing {name}",
+        )
+    except MalformedRowError as error:
+        where = describe_row(error.index) if describe_row else f"{name}, row {error.index}"
+        raise UserError(f"dataset: {where}: {error.problem}.") from error
+    dataset = PrefixPreferenceDataset(tokenized, name)
+    log.info("%r", dataset)
+    return dataset
+
+
+class MalformedRowError(Exception):
+    """A row that cannot be tokenized; travels from a worker process with its index."""
+
+    def __init__(self, index: int, problem: str) -> None:
+        super().__init__(index, problem)
+        self.index = index
+        self.problem = problem
+
+
+@dataclass(frozen=True)
+class _TokenizeRow:
+    """A row to its response sequences. What stands in here decides the fingerprint of the cached result."""
+
+    tokenizer: ModelTokenizer
+    format: Format
+    columns: dict[str, str]
+    masking_strategy: MaskingStrategy
+    new_system_prompt: str | None
+    max_seq_len: int | None
+    truncation: Truncation
+    filter_fn: Callable[[dict], bool] | None
+    version: str = prefix_sharing.__version__
+
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        if self.filter_fn is not None and not self.filter_fn(row):
+            return _dropped("filtered out")
+        try:
+            conversations = to_conversations(row, self.format, self.columns)
+            if any(not conversation[-1]["content"].strip() for conversation in conversations):
+                return _dropped("empty response")
+            responses = [self.tokenizer.tokenize_messages(self._to_messages(turns)) for turns in conversations]
+        except RowError as error:
+            raise MalformedRowError(index, f"{error.key} {error.problem}") from error
+        except UserError as error:
+            raise MalformedRowError(index, str(error).rstrip(".")) from error
+
+        tokens = [ids for ids, _ in responses]
+        scored = [[not masked for masked in mask] for _, mask in responses]
+        if self.max_seq_len is not None:
+            if self.truncation == "drop" and max(map(len, tokens)) > self.max_seq_len:
+                return _dropped("longer than max_seq_len")
+            keep = self._kept(max(map(len, tokens)))
+            tokens = [ids[keep] for ids in tokens]
+            scored = [flags[keep] for flags in scored]
+        if any(not any(flags[1:]) for flags in scored):
+            return _dropped("nothing scored")
+        if len(tokens) > 1 and all(ids == tokens[0] for ids in tokens):
+            return _dropped("identical responses")
+        return {
+            "tokens": tokens,
+            "scored": scored,
+            "dropped": "",
+            "num_responses": len(tokens),
+            "longest": max(map(len, tokens)),
+            "largest_id": max(map(max, tokens)),
+        }
+
+    def _kept(self, longest: int) -> slice:
+        if self.truncation == "keep_start":
+            return slice(self.max_seq_len)
+        return slice(max(0, longest - self.max_seq_len), None)
+
+    def _to_messages(self, turns: list[Turn]) -> list[Message]:
+        messages = []
+        if self.new_system_prompt is not None:
+            messages.append(Message(role="system", content=self.new_system_prompt, masked=True))
+            turns = [turn for turn in turns if turn["role"] != "system"]
+        for i, turn in enumerate(turns):
+            scored = {
+                "train_on_assistant": turn["role"] == "assistant",
+                "train_on_last": i == len(turns) - 1,
+                "train_on_all": True,
+            }[self.masking_strategy]
+            messages.append(Message(role=turn["role"], content=turn["content"], masked=not scored))
+        return messages
+
+
+def _dropped(reason: str) -> dict[str, Any]:
+    return {"tokens": [], "scored": [], "dropped": reason, "num_responses": None, "longest": None, "largest_id": None}
+
+
+def _check_choice(key: str, value: str | None, choices: tuple[str, ...], optional: bool = False) -> None:
+    if value not in choices and not (optional and value is None):
+        raise UserError(f"dataset.{key}: must be one of {', '.join(choices)}, not '{value}'.")
+
+
+def _resolve_filter(path: str) -> Callable[[dict], bool]:
+    try:
+        return resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"dataset.filter_fn: there is no '{path}': {error}.") from error

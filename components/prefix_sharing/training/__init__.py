@@ -1,0 +1,57 @@
+"""What the recipes call: config, set-up, steps, metrics, checkpoints, and running on several processes."""
+
+from prefix_sharing.training.checkpoint import load_checkpoint, load_training_state, load_weights, save_checkpoint
+from prefix_sharing.training.config import (
+    DistributedConfig,
+    TrainingConfig,
+    check_config,
+    instantiate,
+    parse,
+)
+from prefix_sharing.training.distributed import init_process_group, is_rank_zero, materialize, reshard, shard_model
+from prefix_sharing.training.evaluation import evaluate
+from prefix_sharing.training.metrics import StepMetrics, peak_memory
+from prefix_sharing.training.setup import (
+    RowBuilder,
+    build_dataset,
+    build_lr_scheduler,
+    build_model,
+    build_plan,
+    build_profiler,
+    clip_grad_norm,
+    compute_dtype,
+    set_up_device,
+    set_up_logging,
+    summarize_run,
+)
+
+__all__ = [
+    "DistributedConfig",
+    "RowBuilder",
+    "StepMetrics",
+    "TrainingConfig",
+    "build_dataset",
+    "build_lr_scheduler",
+    "build_model",
+    "build_plan",
+    "build_profiler",
+    "check_config",
+    "clip_grad_norm",
+    "compute_dtype",
+    "evaluate",
+    "init_process_group",
+    "instantiate",
+    "is_rank_zero",
+    "load_checkpoint",
+    "load_training_state",
+    "load_weights",
+    "materialize",
+    "parse",
+    "peak_memory",
+    "reshard",
+    "save_checkpoint",
+    "set_up_device",
+    "set_up_logging",
+    "shard_model",
+    "summarize_run",
+]

@@ -1,0 +1,156 @@
+"""Weights and training state, on one device or sharded, by torchtune's checkpointers."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchtune import training
+
+from prefix_sharing.errors import UserError
+from prefix_sharing.training.config import explained, instantiate
+from prefix_sharing.training.distributed import broadcast_object, is_rank_zero
+
+log = logging.getLogger(__name__)
+
+LR_SCHEDULER_KEY = "lr_scheduler"
+
+
+def load_checkpoint(key: str, node: DictConfig, *, resume: bool = False) -> tuple[Any, dict[str, Any]]:
+    """Builds a checkpointer and reads its checkpoint, both on rank 0 only.
+
+    Args:
+        key (str): the config's key, for messages.
+        node (DictConfig): its value.
+        resume (bool): whether to read the last epoch saved in its ``output_dir``, with the training state.
+            Default: False.
+
+    Returns:
+        tuple[Any, dict[str, Any]]: the checkpointer and what it read; on other ranks None and what is no tensor.
+
+    Raises:
+        UserError: if there is no such checkpoint.
+    """
+    checkpointer, checkpoint = None, {}
+    if is_rank_zero():
+        overrides = {"checkpoint_files": _files_of_last_epoch(Path(node.output_dir))} if resume else {}
+        checkpointer = instantiate(key, node, should_load_recipe_state=resume, **overrides)
+        with explained(f"{key}: {node._component_}"):
+            checkpoint = checkpointer.load_checkpoint()
+    small = broadcast_object({k: v for k, v in checkpoint.items() if k not in (training.MODEL_KEY, training.OPT_KEY)})
+    return checkpointer, {training.MODEL_KEY: {}, training.OPT_KEY: {}, **small, **checkpoint}
+
+
+def load_weights(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Copies a checkpoint's weights into a model, sharded or not, after checking that they fit.
+
+    Args:
+        model (nn.Module): the model.
+        checkpoint (dict[str, Any]): as ``load_checkpoint`` returned it; full tensors of any precision.
+
+    Raises:
+        UserError: if a tensor is missing, left over, or of another shape.
+    """
+    state_dict = checkpoint[training.MODEL_KEY]
+    if is_rank_zero():
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        given = {name: tensor.shape for name, tensor in state_dict.items()}
+        for name in [*expected, *given]:
+            if expected.get(name) != given.get(name):
+                raise UserError(
+                    f"checkpointer: the checkpoint does not fit the model: {name} is {_shape(given.get(name))} there, "
+                    f"but {_shape(expected.get(name))} in the model; check model and checkpointer."
+                )
+    set_model_state_dict(model, state_dict, options=_options())
+
+
+def save_checkpoint(
+    checkpointer: Any,
+    model: nn.Module,
+    optimizer: Optimizer,
+    lr_scheduler: LRScheduler | None,
+    *,
+    epoch: int,
+    cfg: DictConfig,
+) -> None:
+    """Writes the weights in the checkpointer's format and, unless training is done, what it takes to go on.
+
+    Args:
+        checkpointer (Any): one of torchtune's.
+        model (nn.Module): the model, sharded or not.
+        optimizer (Optimizer): its optimizer.
+        lr_scheduler (LRScheduler | None): its schedule.
+        epoch (int): the epoch that is finished, from 0.
+        cfg (DictConfig): the run's config, with the seed that was used.
+    """
+    is_last = epoch + 1 == cfg.epochs
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    checkpoint = {training.MODEL_KEY: get_model_state_dict(model, options=options)}
+    if not is_last:
+        checkpoint |= {
+            training.OPT_KEY: get_optimizer_state_dict(model, optimizer, options=options),
+            LR_SCHEDULER_KEY: None if lr_scheduler is None else lr_scheduler.state_dict(),
+            training.EPOCHS_KEY: epoch + 1,
+            training.SEED_KEY: cfg.seed,
+        }
+    if is_rank_zero():
+        checkpointer.save_checkpoint(checkpoint, epoch=epoch, intermediate_checkpoint=not is_last)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def load_training_state(
+    checkpoint: dict[str, Any], model: nn.Module, optimizer: Optimizer, lr_scheduler: LRScheduler | None
+) -> int:
+    """Puts optimizer and schedule back to where ``save_checkpoint`` left them.
+
+    Args:
+        checkpoint (dict[str, Any]): as ``load_checkpoint`` with ``resume`` read it.
+        model (nn.Module): the model.
+        optimizer (Optimizer): its optimizer.
+        lr_scheduler (LRScheduler | None): its schedule.
+
+    Returns:
+        int: epochs done.
+    """
+    set_optimizer_state_dict(model, optimizer, checkpoint[training.OPT_KEY], options=_options())
+    if lr_scheduler is not None and checkpoint[LR_SCHEDULER_KEY] is not None:
+        lr_scheduler.load_state_dict(checkpoint[LR_SCHEDULER_KEY])
+    return checkpoint[training.EPOCHS_KEY]
+
+
+def _options() -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+
+
+def _files_of_last_epoch(output_dir: Path) -> list[str]:
+    """The weights that belong to the training state in ``output_dir``, relative to it, as torchtune wants them."""
+    state_file = output_dir / "recipe_state" / "recipe_state.pt"
+    if not state_file.is_file():
+        raise UserError(
+            f"Config: resume_from_checkpoint is true, but there is no {state_file}; training state is saved after every "
+            "epoch but the last."
+        )
+    epochs_done = torch.load(state_file, map_location="cpu", weights_only=True, mmap=True)[training.EPOCHS_KEY]
+    epoch_dir = output_dir / f"epoch_{epochs_done - 1}"
+    files = [file for file in sorted(epoch_dir.glob("*model*")) if file.suffix in (".safetensors", ".bin")]
+    if not files:
+        raise UserError(f"Config: resume_from_checkpoint is true, but there are no weights in {epoch_dir}.")
+    log.info("Resuming after %d epochs from %s", epochs_done, epoch_dir)
+    return [str(file.relative_to(output_dir)) for file in files]
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else "x".join(map(str, shape))

@@ -1,0 +1,357 @@
+"""The keys a recipe takes, with their types, defaults and ranges, and everything that is checked before work begins.
+
+A recipe of your own adds a key by adding a field::
+
+    @dataclass
+    class MyConfig(TrainingConfig):
+        my_key: int = 3
+
+
+    @parse(MyConfig)
+    def recipe_main(cfg): ...
+"""
+
+import contextlib
+import difflib
+import functools
+import inspect
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torchtune import config
+
+import prefix_sharing
+from prefix_sharing.errors import UserError
+
+log = logging.getLogger(__name__)
+
+COMPONENTS = (
+    "model",
+    "tokenizer",
+    "checkpointer",
+    "ref_checkpointer",
+    "dataset",
+    "dataset_val",
+    "loss",
+    "optimizer",
+    "lr_scheduler",
+    "metric_logger",
+    "profiler",
+)
+"""The keys that name a component with ``_component_``."""
+
+
+@dataclass
+class TrainingConfig:
+    """Every key of ``prefix_dpo_single_device``; a field without a value has to be given.
+
+    Attributes:
+        output_dir (str): where checkpoints and logs go.
+        model (Any): builds the model: one of torchtune's builders.
+        tokenizer (Any): builds the tokenizer: torchtune's, or ``prefix_sharing.tokenizers.hf_chat_tokenizer``.
+        checkpointer (Any): reads the initial policy and writes checkpoints: one of torchtune's.
+        dataset (Any): builds the training data set; gets the tokenizer as its first argument.
+        loss (Any): one of ``prefix_sharing.losses``.
+        optimizer (Any): torch's or torchao's; gets the parameters as its first argument.
+        metric_logger (Any): one of torchtune's.
+        ref_checkpointer (Any): reads the reference. Default: None, the initial policy is the reference.
+        dataset_val (Any): builds the held-out data set, evaluated before the first step and after the last.
+        run_val_every_n_steps (int | None): evaluates in between, too.
+        lr_scheduler (Any): gets the optimizer and the number of steps. Default: None, a constant learning rate.
+        profiler (Any): ``torchtune.training.setup_torch_profiler``.
+        device (str | None): ``cuda`` or ``cpu``. Default: None, cuda where there is one.
+        dtype (str): ``fp32`` or ``bf16``, the precision of the computation; weights are trained in fp32 always.
+        seed (int | None): decides data order and everything random. Default: None, drawn and logged.
+        epochs (int): passes over the data.
+        max_steps_per_epoch (int | None): most optimizer steps an epoch.
+        batch_size (int): examples a row, that is, a forward pass.
+        gradient_accumulation_steps (int): rows an optimizer step, on each rank.
+        shuffle (bool): whether to shuffle each epoch.
+        share_prefix (bool): False computes every response on its own, for comparison.
+        attention_backend (str | None): ``flex`` or ``chains``. Default: None, chosen by device.
+        clip_grad_norm (float | None): largest norm of the gradient.
+        compile (bool): whether to compile the layers.
+        enable_activation_checkpointing (bool): trades time for memory.
+        enable_activation_offloading (bool): keeps activations in CPU memory; needs CUDA and checkpointing.
+        log_every_n_steps (int): steps between log entries.
+        log_peak_memory_stats (bool): whether to log peak memory.
+        resume_from_checkpoint (bool): goes on from the last epoch saved in ``output_dir``.
+    """
+
+    output_dir: str = MISSING
+    model: Any = MISSING
+    tokenizer: Any = MISSING
+    checkpointer: Any = MISSING
+    dataset: Any = MISSING
+    loss: Any = MISSING
+    optimizer: Any = MISSING
+    metric_logger: Any = MISSING
+    ref_checkpointer: Any = None
+    dataset_val: Any = None
+    run_val_every_n_steps: int | None = None
+    lr_scheduler: Any = None
+    profiler: Any = None
+    device: str | None = None
+    dtype: str = "bf16"
+    seed: int | None = None
+    epochs: int = 1
+    max_steps_per_epoch: int | None = None
+    batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    shuffle: bool = True
+    share_prefix: bool = True
+    attention_backend: str | None = None
+    clip_grad_norm: float | None = None
+    compile: bool = False
+    enable_activation_checkpointing: bool = False
+    enable_activation_offloading: bool = False
+    log_every_n_steps: int = 1
+    log_peak_memory_stats: bool = False
+    resume_from_checkpoint: bool = False
+
+
+@dataclass
+class DistributedConfig(TrainingConfig):
+    """Every key of ``prefix_dpo_distributed``.
+
+    Attributes:
+        fsdp_cpu_offload (bool): keeps parameters, gradients and optimizer state in CPU memory; needs CUDA.
+        fsdp_reshard_after_forward (bool): frees each layer's gathered parameters after its forward pass.
+        data_parallel_replicate_dim (int): groups of ranks with a full copy of the model each (HSDP); 1 shards over all.
+    """
+
+    fsdp_cpu_offload: bool = False
+    fsdp_reshard_after_forward: bool = True
+    data_parallel_replicate_dim: int = 1
+
+
+def parse(config_class: type[TrainingConfig]) -> Callable[[Callable], Callable[[], None]]:
+    """Makes a recipe's main function read ``--config NAME_OR_PATH key=value ...`` as ``tune run`` hands them on.
+
+    Config names of this package resolve as torchtune's own do. Whatever the user can put right is printed as one
+    sentence, with exit status 1 and no traceback.
+
+    Args:
+        config_class (type[TrainingConfig]): the keys the recipe takes.
+
+    Returns:
+        Callable[[Callable], Callable[[], None]]: the decorator.
+    """
+
+    def decorate(recipe_main: Callable[[DictConfig], None]) -> Callable[[], None]:
+        @functools.wraps(recipe_main)
+        def main() -> None:
+            with _readable_errors():
+                recipe_main(check_config(_read_config(), config_class))
+
+        return main
+
+    return decorate
+
+
+def check_config(cfg: DictConfig, config_class: type[TrainingConfig]) -> DictConfig:
+    """Checks a config and fills in defaults.
+
+    Args:
+        cfg (DictConfig): as read.
+        config_class (type[TrainingConfig]): the keys there are.
+
+    Returns:
+        DictConfig: the config with every key of ``config_class``.
+
+    Raises:
+        UserError: if a key is unknown, missing, of the wrong type or out of range, or a component does not exist or does
+            not take an argument given to it.
+    """
+    known = [field.name for field in fields(config_class)]
+    for key in cfg:
+        if key not in known:
+            raise UserError(f"Config: there is no key '{key}'{_nearest(key, known)}.")
+    try:
+        cfg = OmegaConf.merge(OmegaConf.structured(config_class), cfg)
+        OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"Config: {getattr(error, 'full_key', None) or 'a key'}: {_one_line(error)}.") from error
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"Config: these keys are missing: {', '.join(missing)}.")
+
+    _check_values(cfg)
+    for key in COMPONENTS:
+        if cfg[key] is not None:
+            _check_component(key, cfg[key])
+    return cfg
+
+
+def instantiate(key: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
+    """Builds a component of the config; what it refuses becomes a sentence that names the key.
+
+    Args:
+        key (str): the config's key, for messages.
+        node (DictConfig): its value, with ``_component_``.
+        *args (Any): handed on.
+        **kwargs (Any): handed on, over the config's.
+
+    Returns:
+        Any: the component.
+
+    Raises:
+        UserError: if the component cannot be built.
+    """
+    with explained(f"{key}: {node._component_}"):
+        return config.instantiate(node, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turns what a component raises over its input into a sentence that begins with ``what``.
+
+    Args:
+        what (str): the key and the component.
+
+    Yields:
+        None: to the body, whose errors are turned.
+
+    Raises:
+        UserError: for any exception of the body.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        log.debug("%s", what, exc_info=True)
+        raise UserError(f"{what}: {_one_line(error)}.") from error
+
+
+def config_directories() -> list[Path]:
+    """Where this package's configs lie: beside the code when installed, at the top of a source tree."""
+    package = Path(prefix_sharing.__file__).parent
+    return [d for d in (package / "configs", package.parents[1] / "configs") if d.is_dir()]
+
+
+def config_names() -> list[str]:
+    """Names of this package's configs, such as ``quickstart/single_device``."""
+    return sorted(
+        str(file.relative_to(directory).with_suffix(""))
+        for directory in config_directories()
+        for file in directory.rglob("*.yaml")
+    )
+
+
+def _read_config() -> DictConfig:
+    """The config named on the command line, with its overrides, by torchtune's own parser."""
+    sys.argv = _resolve_config_name(sys.argv)
+    read: list[DictConfig] = []
+    try:
+        config.parse(read.append)()
+    except SystemExit:  # how torchtune's parser ends, having called the function
+        if not read:
+            raise
+    except Exception as error:
+        raise UserError(f"Config: {_one_line(error)}.") from error
+    return read[0]
+
+
+def _resolve_config_name(argv: list[str]) -> list[str]:
+    if "--config" not in argv[:-1]:
+        raise UserError("Config: the recipe needs --config NAME_OR_PATH.")
+    at = argv.index("--config") + 1
+    name = argv[at]
+    if Path(name).is_file():
+        return argv
+    for directory in config_directories():
+        file = directory / f"{name}.yaml"
+        if file.is_file():
+            return [*argv[:at], str(file), *argv[at + 1 :]]
+    raise UserError(f"Config: '{name}' is neither a file nor a known name{_nearest(name, config_names())}.")
+
+
+def _check_values(cfg: DictConfig) -> None:
+    for key in (
+        "epochs",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "log_every_n_steps",
+        "max_steps_per_epoch",
+        "run_val_every_n_steps",
+        "data_parallel_replicate_dim",
+    ):
+        value = cfg.get(key)
+        if value is not None and value < 1:
+            raise UserError(f"Config: {key} must be at least 1, but is {value}.")
+    if cfg.dtype not in ("fp32", "bf16"):
+        raise UserError(f"Config: dtype must be fp32 or bf16, but is {cfg.dtype}.")
+    if cfg.seed is not None and cfg.seed < 0:
+        raise UserError(f"Config: seed must not be negative, but is {cfg.seed}.")
+    if cfg.clip_grad_norm is not None and not cfg.clip_grad_norm > 0:
+        raise UserError(f"Config: clip_grad_norm must be positive, but is {cfg.clip_grad_norm}.")
+    if cfg.run_val_every_n_steps is not None and cfg.dataset_val is None:
+        raise UserError("Config: run_val_every_n_steps is set, but there is no dataset_val to evaluate.")
+    if cfg.enable_activation_offloading and not cfg.enable_activation_checkpointing:
+        raise UserError("Config: enable_activation_offloading needs enable_activation_checkpointing: True.")
+
+
+def _check_component(key: str, node: Any) -> None:
+    if not OmegaConf.is_dict(node) or "_component_" not in node:
+        raise UserError(f"Config: {key} must name its component with _component_.")
+    path = node._component_
+    if os.getcwd() not in sys.path:  # components in the user's own directory, as torchtune finds them
+        sys.path.append(os.getcwd())
+    try:
+        component = resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"Config: {key}: there is no component '{path}': {_one_line(error)}.") from error
+    if key == "loss" and not hasattr(component, "needs_reference"):
+        raise UserError(
+            f"Config: loss: {path} does not take log-probs of shape [E, K]; use one of prefix_sharing.losses."
+        )
+    try:
+        parameters = inspect.signature(component).parameters
+    except (TypeError, ValueError):
+        return
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    names = [name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    for argument in node:
+        if argument != "_component_" and argument not in names:
+            raise UserError(f"Config: {key}: {path} takes no '{argument}'{_nearest(argument, names)}.")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"; the nearest one is '{nearest[0]}'" if nearest else ""
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 400 else f"{text[:400]} ...").rstrip(".")
+
+
+@contextlib.contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Prints what the user can put right as one line; a distributed run prints it once."""
+    try:
+        yield
+    except Exception as error:
+        rank = int(os.environ.get("RANK", 0))
+        if rank > 0:
+            # If rank 0 fails alike, its exit ends this process before it says the same once more.
+            time.sleep(5)
+        what = str(error)
+        if not isinstance(error, UserError):
+            traceback.print_exception(error)
+            what = f"{type(error).__name__}: {_one_line(error)}"
+        where = f"rank {rank}: " if "RANK" in os.environ else ""
+        print(f"Error: {where}{what}", file=sys.stderr, flush=True)
+        sys.exit(1)

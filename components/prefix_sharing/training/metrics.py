@@ -1,0 +1,93 @@
+"""Metrics of a step, summed over its rows and over all ranks, under torchtune's names."""
+
+import resource
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torchtune import training
+
+from prefix_sharing.losses import PairwiseLoss
+from prefix_sharing.model import ResponseLogProbs
+from prefix_sharing.rows import Row
+from prefix_sharing.training.distributed import sum_over_ranks
+
+_PER_EXAMPLE = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "log_probs/chosen",
+    "log_probs/rejected",
+)
+
+
+class StepMetrics:
+    """Sums what the rows of a step contribute; nothing waits for the device before ``compute``.
+
+    ``rewards/accuracies`` is the share of pairs whose chosen response has the higher reward; a tie counts half, so that
+    a policy that still equals its reference scores what a coin would.
+
+    Args:
+        device (torch.device): where the model runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(_PER_EXAMPLE), dtype=torch.float64, device=device)
+        self._num_examples = 0
+        self._num_tokens = 0
+        self._paired_tokens = 0
+        self._start = time.perf_counter()
+
+    def add(self, row: Row, output: ResponseLogProbs, loss: PairwiseLoss) -> None:
+        """Adds one row.
+
+        Args:
+            row (Row): the row.
+            output (ResponseLogProbs): what the model returned for it.
+            loss (PairwiseLoss): what the loss returned for that.
+        """
+        losses, chosen, rejected = loss
+        accuracies = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+        log_probs = output.log_probs
+        values = (losses, chosen, rejected, accuracies, log_probs[:, 0], log_probs[:, 1])
+        self._sums += torch.stack([value.detach().double().sum() for value in values])
+        self._num_examples += len(losses)
+        self._num_tokens += row.num_tokens
+        self._paired_tokens += row.paired_tokens
+
+    def compute(self) -> dict[str, float]:
+        """The metrics over all ranks: a collective, so every rank has to call it.
+
+        Returns:
+            dict[str, float]: means over examples, ``tokens_saved`` (share of the paired format's tokens that sharing
+            avoided), ``examples_per_second``, and ``tokens_per_second_per_gpu`` (tokens computed).
+        """
+        counts = [self._num_examples, self._num_tokens, self._paired_tokens]
+        sums = torch.cat([self._sums, self._sums.new_tensor(counts)])
+        *means, num_examples, num_tokens, paired_tokens = sum_over_ranks(sums).tolist()
+        seconds = time.perf_counter() - self._start
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+
+        metrics = {name: total / num_examples for name, total in zip(_PER_EXAMPLE, means, strict=True)}
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        metrics["examples_per_second"] = num_examples / seconds
+        metrics["tokens_per_second_per_gpu"] = num_tokens / seconds / world_size
+        metrics["tokens_saved"] = 1 - num_tokens / max(paired_tokens, 1)
+        return metrics
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Peak memory in GiB, under torchtune's names on CUDA, of the process elsewhere.
+
+    Args:
+        device (torch.device): where the model runs.
+
+    Returns:
+        dict[str, float]: the metrics.
+    """
+    if device.type == "cuda":
+        return training.get_memory_stats(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_memory_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1024**3}

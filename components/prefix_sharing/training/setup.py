@@ -1,0 +1,263 @@
+"""What both recipes build before training: device, model, data, loss, optimizer, schedule."""
+
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchtune import modules, training, utils
+
+from prefix_sharing.attention import choose_attention_backend
+from prefix_sharing.datasets import PrefixPreferenceDataset
+from prefix_sharing.errors import UserError
+from prefix_sharing.model import TreeTransformerDecoder, to_tree_model
+from prefix_sharing.rows import Plan, Row, bucket_length
+from prefix_sharing.training.config import explained, instantiate
+from prefix_sharing.training.distributed import is_rank_zero, rank_and_world_size, rank_zero_first
+
+log = logging.getLogger(__name__)
+
+
+def set_up_logging() -> None:
+    """Shows this package's log on rank 0, warnings on every rank."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package_log = logging.getLogger("prefix_sharing")
+    package_log.handlers = [handler]
+    package_log.propagate = False
+    package_log.setLevel(logging.INFO if is_rank_zero() else logging.WARNING)
+
+
+def set_up_device(cfg: DictConfig) -> torch.device:
+    """Chooses the device and checks what the config asks of it, and that ``output_dir`` can be written.
+
+    Args:
+        cfg (DictConfig): the run's config.
+
+    Returns:
+        torch.device: the device.
+
+    Raises:
+        UserError: if a key asks for what is not there.
+    """
+    with explained(f"Config: device: {cfg.device}"):
+        device = utils.get_device(cfg.device)
+    with explained(f"Config: dtype: {cfg.dtype}"):
+        training.get_dtype(cfg.dtype, device)
+    if cfg.enable_activation_offloading and device.type != "cuda":
+        raise UserError(f"Config: enable_activation_offloading needs a CUDA device, but the device is {device.type}.")
+    choose_attention_backend(cfg.attention_backend, device)
+    try:
+        Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cfg.output_dir).close()
+    except OSError as error:
+        raise UserError(f"Config: output_dir: {cfg.output_dir} cannot be written: {error.strerror}.") from error
+    return device
+
+
+def compute_dtype(cfg: DictConfig) -> torch.dtype:
+    """What the config has the model compute in; weights are fp32 always."""
+    return torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+
+
+def build_model(cfg: DictConfig, device: torch.device) -> TreeTransformerDecoder:
+    """Builds the model in fp32 with tree attention, compiled and checkpointed as the config says, without weights.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        device (torch.device): where the model runs; it is built on the meta device.
+
+    Returns:
+        TreeTransformerDecoder: on the meta device.
+
+    Raises:
+        UserError: if it cannot be built, or prefix sharing does not cover it.
+    """
+    with torch.device("meta"):
+        model = instantiate("model", cfg.model)
+    model = to_tree_model(model, choose_attention_backend(cfg.attention_backend, device))
+    if cfg.compile:
+        training.compile_model(model, verbose=is_rank_zero())
+    if cfg.enable_activation_checkpointing:
+        training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
+    return model
+
+
+def build_dataset(key: str, cfg: DictConfig, tokenizer: Any, model: TreeTransformerDecoder, loss: Any) -> Any:
+    """Builds a data set, tokenized on one process of each machine, and checks that model and loss can take it.
+
+    Args:
+        key (str): ``dataset`` or ``dataset_val``.
+        cfg (DictConfig): the run's config.
+        tokenizer (Any): the tokenizer.
+        model (TreeTransformerDecoder): the model.
+        loss (Any): the loss.
+
+    Returns:
+        Any: a ``PrefixPreferenceDataset``, or None where the config has none.
+
+    Raises:
+        UserError: if it cannot be built or does not fit.
+    """
+    if cfg[key] is None:
+        return None
+    with rank_zero_first():
+        dataset = instantiate(key, cfg[key], tokenizer)
+    if not isinstance(dataset, PrefixPreferenceDataset):
+        raise UserError(
+            f"Config: {key}: {cfg[key]._component_} makes a {type(dataset).__name__}; use "
+            "prefix_sharing.datasets.prefix_preference_dataset."
+        )
+    vocab_size = model.tok_embeddings.num_embeddings
+    if dataset.largest_id >= vocab_size:
+        raise UserError(
+            f"{key}: the tokenizer makes token ids up to {dataset.largest_id}, but the model's vocabulary has "
+            f"{vocab_size}; tokenizer and model do not belong together."
+        )
+    if dataset.longest > model.max_seq_len:
+        raise UserError(
+            f"{key}: the longest response sequence has {dataset.longest} tokens, but the model takes "
+            f"{model.max_seq_len}; set {key}.max_seq_len."
+        )
+    if (dataset.min_responses, dataset.num_responses) != (2, 2):
+        raise UserError(
+            f"{key}: {type(loss).__name__} compares pairs, but the examples have {dataset.min_responses} to "
+            f"{dataset.num_responses} responses."
+        )
+    return dataset
+
+
+@dataclass(frozen=True)
+class RowBuilder:
+    """Makes the rows of a run.
+
+    Args:
+        device (torch.device): where the model runs.
+        share_prefix (bool): whether prefixes are computed once.
+        in_buckets (bool): whether rows come in few lengths, as compiled attention needs.
+    """
+
+    device: torch.device
+    share_prefix: bool
+    in_buckets: bool
+
+    def __call__(self, dataset: PrefixPreferenceDataset, examples: Sequence[int]) -> Row:
+        """A row of examples.
+
+        Args:
+            dataset (PrefixPreferenceDataset): the data set.
+            examples (Sequence[int]): which of its examples; none make a row of padding.
+
+        Returns:
+            Row: on the device.
+        """
+        row = Row.from_examples(
+            [dataset[i] for i in examples],
+            share_prefix=self.share_prefix,
+            num_responses=dataset.num_responses,
+            round_length=bucket_length if self.in_buckets else None,
+        )
+        return row.to(self.device)
+
+
+def build_plan(cfg: DictConfig, dataset: PrefixPreferenceDataset) -> Plan:
+    """The plan of the run: which examples each step takes.
+
+    Args:
+        cfg (DictConfig): the run's config, its seed drawn.
+        dataset (PrefixPreferenceDataset): the training data set.
+
+    Returns:
+        Plan: for this rank.
+    """
+    rank, world_size = rank_and_world_size()
+    plan = Plan(
+        num_examples=len(dataset),
+        examples_per_step=cfg.batch_size * cfg.gradient_accumulation_steps * world_size,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        shuffle=cfg.shuffle,
+        max_steps=cfg.max_steps_per_epoch,
+        rank=rank,
+        world_size=world_size,
+    )
+    log.info("%d steps an epoch, %d examples a step", plan.steps_per_epoch, plan.examples_per_step)
+    return plan
+
+
+def build_lr_scheduler(cfg: DictConfig, optimizer: Optimizer, num_training_steps: int) -> LRScheduler | None:
+    """The learning rate schedule, or None for a constant rate.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        optimizer (Optimizer): the optimizer.
+        num_training_steps (int): optimizer steps in the whole run.
+
+    Returns:
+        LRScheduler | None: the schedule.
+    """
+    if cfg.lr_scheduler is None:
+        return None
+    return instantiate("lr_scheduler", cfg.lr_scheduler, optimizer, num_training_steps=num_training_steps)
+
+
+def build_profiler(cfg: DictConfig) -> Any:
+    """Torchtune's profiler, or one that does nothing."""
+    if cfg.profiler is None:
+        return training.DummyProfiler()
+    profiler, _ = instantiate("profiler", cfg.profiler)
+    return profiler
+
+
+def clip_grad_norm(model: nn.Module, max_norm: float | None) -> torch.Tensor:
+    """Scales the gradient down to a norm, over all ranks.
+
+    Args:
+        model (nn.Module): the model, sharded or not.
+        max_norm (float | None): the largest norm; None only measures.
+
+    Returns:
+        torch.Tensor: the norm before, a scalar.
+    """
+    norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def summarize_run(
+    cfg: DictConfig,
+    model: nn.Module,
+    dataset: PrefixPreferenceDataset,
+    num_steps: int,
+    before: dict[str, float],
+    after: dict[str, float],
+) -> str:
+    """The last line of a run: what was trained, where it lies, and what became of the held-out accuracy.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        model (nn.Module): the model.
+        dataset (PrefixPreferenceDataset): the training data set.
+        num_steps (int): optimizer steps done.
+        before (dict[str, float]): the evaluation before training; empty if there is no held-out data.
+        after (dict[str, float]): the evaluation after it.
+
+    Returns:
+        str: one line.
+    """
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    model_name, loss_name = (cfg[key]._component_.rsplit(".", 1)[-1] for key in ("model", "loss"))
+    line = (
+        f"Trained {model_name} ({millions:,.1f} M parameters) with {loss_name} for {num_steps:,} steps on {dataset.name} "
+        f"({len(dataset):,} examples); it lies in {Path(cfg.checkpointer.output_dir) / f'epoch_{cfg.epochs - 1}'}"
+    )
+    name = "eval/rewards/accuracies"
+    return f"{line}; held-out accuracy {before[name]:.3f} -> {after[name]:.3f}." if after else f"{line}."

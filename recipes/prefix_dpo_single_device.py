@@ -1,0 +1,186 @@
+"""Preference tuning (DPO, SimPO, ORPO) on one device, with every shared prefix computed once.
+
+    tune run prefix_dpo_single_device --config quickstart/single_device
+
+Reads top to bottom: ``setup`` builds everything, ``train`` is the loop. To make it your own, copy this file, change it,
+and run ``tune run my_recipe.py --config my_config.yaml``.
+"""
+
+import functools
+import logging
+from collections.abc import Sequence
+
+import torch
+from omegaconf import DictConfig
+from torchtune import training
+from tqdm import tqdm
+
+from prefix_sharing.losses import PairwiseLoss
+from prefix_sharing.model import ResponseLogProbs
+from prefix_sharing.reference import load_reference, reference_log_probs
+from prefix_sharing.rows import Row
+from prefix_sharing.training import (
+    RowBuilder,
+    StepMetrics,
+    TrainingConfig,
+    build_dataset,
+    build_lr_scheduler,
+    build_model,
+    build_plan,
+    build_profiler,
+    clip_grad_norm,
+    compute_dtype,
+    evaluate,
+    instantiate,
+    load_checkpoint,
+    load_training_state,
+    load_weights,
+    materialize,
+    parse,
+    peak_memory,
+    save_checkpoint,
+    set_up_device,
+    set_up_logging,
+    summarize_run,
+)
+
+log = logging.getLogger("prefix_sharing.recipe")
+
+
+class PrefixDPORecipeSingleDevice:
+    """Tunes a model on preference pairs.
+
+    Args:
+        cfg (DictConfig): the keys of ``prefix_sharing.training.TrainingConfig``.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        self.device = set_up_device(cfg)
+        cfg.seed = training.set_seed(cfg.seed)
+
+    def setup(self) -> None:
+        """Builds model, data, loss, optimizer and schedule, and computes the reference log-probs."""
+        cfg = self.cfg
+        self.model = build_model(cfg, self.device)
+        self.loss = instantiate("loss", cfg.loss)
+        tokenizer = instantiate("tokenizer", cfg.tokenizer)
+        self.dataset = build_dataset("dataset", cfg, tokenizer, self.model, self.loss)
+        self.dataset_val = build_dataset("dataset_val", cfg, tokenizer, self.model, self.loss)
+        self.make_row = RowBuilder(self.device, cfg.share_prefix, in_buckets=self.model.attention_backend == "flex")
+
+        # Weights and optimizer state are fp32; bf16 is what the forward pass computes in.
+        materialize(self.model, self.device)
+        self.autocast = torch.autocast(self.device.type, compute_dtype(cfg), enabled=cfg.dtype == "bf16")
+        self.activations_handling = training.get_act_offloading_ctx_manager(
+            self.model, cfg.enable_activation_offloading
+        )
+        self.checkpointer, checkpoint = load_checkpoint(
+            "checkpointer", cfg.checkpointer, resume=cfg.resume_from_checkpoint
+        )
+        cfg.seed = checkpoint.get(training.SEED_KEY, cfg.seed)
+        self.plan = build_plan(cfg, self.dataset)
+        self.epochs_run = checkpoint.get(training.EPOCHS_KEY, 0)
+        self.global_step = self.epochs_run * self.plan.steps_per_epoch
+        self.optimizer = instantiate("optimizer", cfg.optimizer, self.model.parameters())
+        self.lr_scheduler = build_lr_scheduler(cfg, self.optimizer, cfg.epochs * self.plan.steps_per_epoch)
+        self.profiler = build_profiler(cfg)
+        self.metric_logger = instantiate("metric_logger", cfg.metric_logger)
+        self.metric_logger.log_config(cfg)
+
+        self.reference = self.reference_val = None
+        if self.loss.needs_reference:
+            load_reference(cfg, self.model, checkpoint)
+            examples = self.plan.examples_visited(self.epochs_run, cfg.epochs)
+            compute = functools.partial(
+                reference_log_probs, self.forward, make_row=self.make_row, batch_size=cfg.batch_size
+            )
+            self.reference = compute(self.dataset, examples=examples)
+            self.reference_val = compute(self.dataset_val)
+        load_weights(self.model, checkpoint)
+        if cfg.resume_from_checkpoint:
+            load_training_state(checkpoint, self.model, self.optimizer, self.lr_scheduler)
+
+    def forward(self, row: Row) -> ResponseLogProbs:
+        """The log-probs of a row's responses."""
+        with self.autocast:
+            return self.model(row)
+
+    def loss_of(
+        self, output: ResponseLogProbs, examples: Sequence[int], reference: torch.Tensor | None
+    ) -> PairwiseLoss:
+        """The loss of each of a row's examples, with the reference log-probs looked up by example."""
+        if reference is not None:
+            reference = reference[examples].to(self.device)
+        return self.loss(output.log_probs, output.num_scored, reference)
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluates on ``dataset_val`` and logs under ``eval/``."""
+        if self.dataset_val is None:
+            return {}
+        loss_of = functools.partial(self.loss_of, reference=self.reference_val)
+        metrics = evaluate(self.forward, self.dataset_val, loss_of, self.make_row, self.cfg.batch_size, self.device)
+        self.metric_logger.log_dict(metrics, step=self.global_step)
+        return metrics
+
+    def train(self) -> None:
+        """The training loop."""
+        cfg = self.cfg
+        before = after = self.evaluate()
+        self.profiler.start()
+        for epoch in range(self.epochs_run, cfg.epochs):
+            progress = tqdm(total=self.plan.steps_per_epoch, desc=f"Epoch {epoch + 1}/{cfg.epochs}", unit="step")
+            for step in self.plan.epoch(epoch):
+                metrics = StepMetrics(self.device)
+                for examples in step.rows:
+                    row = self.make_row(self.dataset, examples)
+                    with self.activations_handling:
+                        output = self.forward(row)
+                    loss = self.loss_of(output, examples, self.reference)
+                    # The mean over the examples of the step, however they are spread over rows.
+                    (loss.losses.sum() / step.num_examples).backward()
+                    metrics.add(row, output, loss)
+
+                grad_norm = clip_grad_norm(self.model, cfg.clip_grad_norm)
+                lr = training.get_lr(self.optimizer)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                if self.lr_scheduler is not None:
+                    self.lr_scheduler.step()
+                self.global_step += 1
+                progress.update()
+
+                if self.global_step % cfg.log_every_n_steps == 0:
+                    values = metrics.compute() | {"lr": lr, "grad_norm": grad_norm.item()}
+                    if cfg.log_peak_memory_stats:
+                        values |= peak_memory(self.device)
+                    self.metric_logger.log_dict(values, step=self.global_step)
+                    progress.set_postfix(loss=f"{values['loss']:.4f}", accuracy=f"{values['rewards/accuracies']:.2f}")
+                if cfg.run_val_every_n_steps is not None and self.global_step % cfg.run_val_every_n_steps == 0:
+                    after = self.evaluate()
+                self.profiler.step()
+            progress.close()
+            self.epochs_run += 1
+            save_checkpoint(self.checkpointer, self.model, self.optimizer, self.lr_scheduler, epoch=epoch, cfg=cfg)
+        self.profiler.stop()
+        if cfg.run_val_every_n_steps is None or self.global_step % cfg.run_val_every_n_steps != 0:
+            after = self.evaluate()
+        log.info(summarize_run(cfg, self.model, self.dataset, self.global_step, before, after))
+
+    def cleanup(self) -> None:
+        """Closes the log."""
+        self.metric_logger.close()
+
+
+@parse(TrainingConfig)
+def recipe_main(cfg: DictConfig) -> None:
+    """Runs the recipe with a config and ``key=value`` overrides."""
+    set_up_logging()
+    recipe = PrefixDPORecipeSingleDevice(cfg)
+    recipe.setup()
+    recipe.train()
+    recipe.cleanup()
+
+
+if __name__ == "__main__":
+    recipe_main()
