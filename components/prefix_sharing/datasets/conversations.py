@@ -1,4 +1,4 @@
-"""Rows as people have them, read into K conversations, best first.
+r"""Rows as people have them, read into K conversations, best first.
 
 =========== ============================================== =====================================================
 format      columns                                        what stands in them
@@ -7,7 +7,7 @@ messages    ``chosen``, ``rejected``, perhaps ``prompt``   lists of messages, Op
                                                            ShareGPT's ``from`` and ``value``; whole conversations, or
                                                            answers to the messages or the string in ``prompt``
 text        ``prompt``, ``chosen``, ``rejected``           strings: a user's question and two answers
-hh          ``chosen``, ``rejected``                       Anthropic's transcripts, ``\\n\\nHuman: ... \\n\\nAssistant: ...``
+hh          ``chosen``, ``rejected``                       Anthropic's transcripts, ``\n\nHuman: ...\n\nAssistant: ...``
 ranked      ``prompt``, ``responses``, perhaps ``scores``  K answers to one prompt; without scores, best first
 =========== ============================================== =====================================================
 """

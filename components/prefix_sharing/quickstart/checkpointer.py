@@ -1,4 +1,4 @@
-"""Random weights to start from, written as a Hugging Face checkpoint, so that the rest of a run is as with any model."""
+"""Random weights to start from, written as a Hugging Face checkpoint: the rest of a run is as with any model."""
 
 import json
 import shutil
@@ -40,7 +40,8 @@ def random_checkpointer(
     """Builds a checkpointer whose checkpoint is made up: random weights and this project's tokenizer.
 
     Args:
-        model (dict[str, Any]): the config's ``model``, built by ``torchtune.models.llama3.llama3`` with explicit dimensions.
+        model (dict[str, Any]): the config's ``model``, ``torchtune.models.llama3.llama3`` with its
+            dimensions.
         output_dir (str): as for torchtune's checkpointer; the random weights go to ``initial_model`` there.
         seed (int): decides the weights. Default: 0.
         checkpoint_files (list[str] | None): weights to read instead, when a run resumes. Default: None.

@@ -24,58 +24,11 @@ PLACES = {
     "railway": "train track signal ticket engine platform guard tunnel coal wheel whistle bridge",
 }
 
-FILLER = [
-    "the",
-    "a",
-    "and",
-    "of",
-    "to",
-    "it",
-    "was",
-    "then",
-    "we",
-    "they",
-    "had",
-    "for",
-    "long",
-    "time",
-    "some",
-    "other",
-    "still",
-    "again",
-    "there",
-    "one",
-    "when",
-    "after",
-    "before",
-    "more",
-    "little",
-    "day",
-    "morning",
-    "evening",
-    "people",
-    "said",
-    "came",
-    "went",
-    "down",
-    "over",
-    "about",
-    "never",
-    "always",
-    "between",
-    "while",
-    "almost",
-    "nothing",
-    "under",
-    "first",
-    "last",
-    "old",
-    "new",
-    "small",
-    "great",
-    "near",
-    "far",
-]
+FILLER = (
+    "the a and of to it was then we they had for long time some other still again there one when after before more "
+    "little day morning evening people said came went down over about never always between while almost nothing "
+    "under first last old new small great near far"
+).split()
 
 PROMPT_WORDS = (80, 120)
 ANSWER_WORDS = (8, 16)

@@ -20,8 +20,8 @@ class HFChatTokenizer:
     """Tokenizes conversations by a model's chat template, with masks as torchtune's model tokenizers give them.
 
     Scored are the tokens of each unmasked turn from behind the generation prompt (``<|im_start|>assistant`` and the
-    like) up to and including its end-of-turn token. A token that the tokenizer merges across the start of a turn belongs
-    to the turn.
+    like) up to and including its end-of-turn token. A token that the tokenizer merges across the start of a turn
+    belongs to the turn.
 
     Args:
         path (str): directory with ``tokenizer.json``, ``tokenizer_config.json`` and, unless the template stands in the
@@ -197,7 +197,7 @@ def _find_template(directory: Path, config: dict[str, Any]) -> str:
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if template is None:
         raise UserError(
-            f"tokenizer: {directory} has no chat template, neither in chat_template.jinja nor in tokenizer_config.json; "
+            f"tokenizer: {directory} has no chat template, neither in chat_template.jinja nor in the config; "
             "put one there, or use one of torchtune's tokenizers."
         )
     return template

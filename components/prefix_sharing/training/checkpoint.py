@@ -140,8 +140,8 @@ def _files_of_last_epoch(output_dir: Path) -> list[str]:
     state_file = output_dir / "recipe_state" / "recipe_state.pt"
     if not state_file.is_file():
         raise UserError(
-            f"Config: resume_from_checkpoint is true, but there is no {state_file}; training state is saved after every "
-            "epoch but the last."
+            f"Config: resume_from_checkpoint is true, but there is no {state_file}; training state is saved after "
+            "every epoch but the last."
         )
     epochs_done = torch.load(state_file, map_location="cpu", weights_only=True, mmap=True)[training.EPOCHS_KEY]
     epoch_dir = output_dir / f"epoch_{epochs_done - 1}"

@@ -170,8 +170,8 @@ def check_config(cfg: DictConfig, config_class: type[TrainingConfig]) -> DictCon
         DictConfig: the config with every key of ``config_class``.
 
     Raises:
-        UserError: if a key is unknown, missing, of the wrong type or out of range, or a component does not exist or does
-            not take an argument given to it.
+        UserError: if a key is unknown, missing, of the wrong type or out of range, or a component does not exist or
+            does not take an argument given to it.
     """
     known = [field.name for field in fields(config_class)]
     for key in cfg:

@@ -27,8 +27,8 @@ def evaluate(
     Args:
         forward (Callable[[Row], ResponseLogProbs]): the model's forward pass.
         dataset (PrefixPreferenceDataset): the held-out data set.
-        loss_of (Callable[[ResponseLogProbs, Sequence[int]], PairwiseLoss]): the loss of a row's examples, given what the
-            model returned and their indices.
+        loss_of (Callable[[ResponseLogProbs, Sequence[int]], PairwiseLoss]): the loss of a row's examples, given what
+            the model returned and their indices.
         make_row (Callable[[PrefixPreferenceDataset, Sequence[int]], Row]): makes a row of examples.
         batch_size (int): examples a row.
         device (torch.device): where the model runs.
