@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from prefix_sharing.losses import PairwiseLoss
 from prefix_sharing.model import ResponseLogProbs
-from prefix_sharing.reference import load_reference, reference_log_probs
+from prefix_sharing.reference import load_reference_checkpoint, reference_log_probs
 from prefix_sharing.training import (
     DistributedConfig,
     RowBuilder,
@@ -102,17 +102,18 @@ class PrefixDPORecipeDistributed:
             self.metric_logger = instantiate("metric_logger", cfg.metric_logger)
             self.metric_logger.log_config(cfg)
 
+        reference_checkpoint = load_reference_checkpoint(cfg) if self.loss.needs_reference else None
+        load_weights(self.model, reference_checkpoint or checkpoint)
         self.reference = self.reference_val = None
         if self.loss.needs_reference:
-            load_reference(cfg, self.model, checkpoint)
-            examples = self.plan.examples_visited(self.epochs_run, cfg.epochs)
             compute = functools.partial(
                 reference_log_probs, self.model, make_row=self.make_row, batch_size=cfg.batch_size
             )
-            self.reference = compute(self.dataset, examples=examples)
+            self.reference = compute(self.dataset, examples=self.plan.examples_visited(self.epochs_run, cfg.epochs))
             self.reference_val = compute(self.dataset_val)
             reshard(self.model)
-        load_weights(self.model, checkpoint)
+        if reference_checkpoint is not None:
+            load_weights(self.model, checkpoint)
         if cfg.resume_from_checkpoint:
             load_training_state(checkpoint, self.model, self.optimizer, self.lr_scheduler)
 

@@ -9,31 +9,31 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
 from tqdm import tqdm
 
 from prefix_sharing.datasets import PrefixPreferenceDataset
 from prefix_sharing.model import ResponseLogProbs
 from prefix_sharing.rows import Row, deal_rows
-from prefix_sharing.training.checkpoint import load_checkpoint, load_weights
+from prefix_sharing.training.checkpoint import load_checkpoint
 from prefix_sharing.training.distributed import is_rank_zero, rank_and_world_size, sum_over_ranks
 
 
-def load_reference(cfg: DictConfig, model: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Loads the reference's weights into the model: the initial policy's, unless the config names another checkpoint.
+def load_reference_checkpoint(cfg: DictConfig) -> dict[str, Any] | None:
+    """Reads the reference's checkpoint, where it is not what the run itself starts from.
 
     A run that resumes has the policy it first began with as its reference, not the one it goes on from.
 
     Args:
         cfg (DictConfig): the run's config.
-        model (nn.Module): the model.
-        checkpoint (dict[str, Any]): what the run itself starts from.
+
+    Returns:
+        dict[str, Any] | None: the checkpoint; None if the initial policy is the reference.
     """
     if cfg.ref_checkpointer is not None:
-        _, checkpoint = load_checkpoint("ref_checkpointer", cfg.ref_checkpointer)
-    elif cfg.resume_from_checkpoint:
-        _, checkpoint = load_checkpoint("checkpointer", cfg.checkpointer)
-    load_weights(model, checkpoint)
+        return load_checkpoint("ref_checkpointer", cfg.ref_checkpointer)[1]
+    if cfg.resume_from_checkpoint:
+        return load_checkpoint("checkpointer", cfg.checkpointer)[1]
+    return None
 
 
 @torch.no_grad()

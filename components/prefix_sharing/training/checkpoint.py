@@ -73,7 +73,7 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any]) -> None:
                     f"checkpointer: the checkpoint does not fit the model: {name} is {_shape(given.get(name))} there, "
                     f"but {_shape(expected.get(name))} in the model; check model and checkpointer."
                 )
-    set_model_state_dict(model, state_dict, options=_options())
+    set_model_state_dict(model, dict(state_dict), options=_options())  # which changes the dict it gets
 
 
 def save_checkpoint(

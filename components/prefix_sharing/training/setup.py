@@ -255,9 +255,10 @@ def summarize_run(
     """
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     model_name, loss_name = (cfg[key]._component_.rsplit(".", 1)[-1] for key in ("model", "loss"))
+    where = Path(cfg.checkpointer.output_dir) / f"epoch_{cfg.epochs - 1}"
     line = (
         f"Trained {model_name} ({millions:,.1f} M parameters) with {loss_name} for {num_steps:,} steps on "
-        f"{dataset.name} ({len(dataset):,} examples); it lies in {Path(cfg.checkpointer.output_dir) / f'epoch_{cfg.epochs - 1}'}"
+        f"{dataset.name} ({len(dataset):,} examples); it lies in {where}"
     )
     name = "eval/rewards/accuracies"
     return f"{line}; held-out accuracy {before[name]:.3f} -> {after[name]:.3f}." if after else f"{line}."
