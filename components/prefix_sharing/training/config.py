@@ -251,7 +251,10 @@ def config_names() -> list[str]:
 
 def _read_config() -> DictConfig:
     """The config named on the command line, with its overrides, by torchtune's own parser."""
-    sys.argv = _resolve_config_name(sys.argv)
+    if "--config" not in sys.argv[:-1]:
+        raise UserError("Config: the recipe needs --config NAME_OR_PATH.")
+    name_at = sys.argv.index("--config") + 1
+    sys.argv[name_at] = find_config(sys.argv[name_at])
     read: list[DictConfig] = []
     try:
         config.parse(read.append)()
@@ -263,18 +266,23 @@ def _read_config() -> DictConfig:
     return read[0]
 
 
-def _resolve_config_name(argv: list[str]) -> list[str]:
-    if "--config" not in argv[:-1]:
-        raise UserError("Config: the recipe needs --config NAME_OR_PATH.")
-    at = argv.index("--config") + 1
-    name = argv[at]
-    if Path(name).is_file():
-        return argv
-    for directory in config_directories():
-        file = directory / f"{name}.yaml"
-        if file.is_file():
-            return [*argv[:at], str(file), *argv[at + 1 :]]
-    raise UserError(f"Config: '{name}' is neither a file nor a known name{_nearest(name, config_names())}.")
+def find_config(name: str) -> str:
+    """The file of a config given by path or by name.
+
+    Args:
+        name (str): such as ``my_config.yaml`` or ``quickstart/single_device``.
+
+    Returns:
+        str: the path.
+
+    Raises:
+        UserError: if there is none.
+    """
+    candidates = [Path(name), *(directory / f"{name}.yaml" for directory in config_directories())]
+    file = next((file for file in candidates if file.is_file()), None)
+    if file is None:
+        raise UserError(f"Config: '{name}' is neither a file nor a known name{_nearest(name, config_names())}.")
+    return str(file)
 
 
 def _check_values(cfg: DictConfig) -> None:
