@@ -48,12 +48,12 @@ def mask_as_text(row: Row) -> str:
     step = -(-len(mask) // _CELLS)
     starts = range(0, len(mask), step)
     shares = [[mask[i : i + step, j : j + step].mean() for j in starts] for i in starts]
-    lines = ["".join("·" if share == 0 else "█" if share == 1 else "▒" for share in shares_of_i) for shares_of_i in shares]
+    lines = [
+        "".join("·" if share == 0 else "█" if share == 1 else "▒" for share in shares_of_i) for shares_of_i in shares
+    ]
     unit = "a token" if step == 1 else f"{step} tokens"
     saved = 1 - row.num_tokens / max(row.paired_tokens, 1)
-    lines.append(
-        f"{row.num_tokens} tokens, {unit} a character; {row.paired_tokens} without sharing, {saved:.0%} saved"
-    )
+    lines.append(f"{row.num_tokens} tokens, {unit} a character; {row.paired_tokens} without sharing, {saved:.0%} saved")
     return "\n".join(lines)
 
 

@@ -91,10 +91,10 @@ class ChatTemplate:
         # Nothing but the end of the turn follows the last one, so what precedes its content may depend on the content.
         surrounded = text.endswith(after) and (text.startswith(before) or i == len(turns) - 1)
         if not found or not surrounded or start is None or start > end:
+            way_out = "set masking_strategy: train_on_last, or " if i < len(turns) - 1 else ""
             raise UserError(
                 f"the chat template of {self._name} renders turn {i + 1} ({turns[i]['role']}) of {len(turns)} in a way "
-                "that hides where the turn begins or ends, so it cannot be scored; "
-                "set masking_strategy: train_on_last, or use another chat template."
+                f"that hides where the turn begins or ends, so it cannot be scored; {way_out}use another chat template."
             )
         return start, end
 
