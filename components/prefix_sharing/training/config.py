@@ -179,12 +179,11 @@ def check_config(cfg: DictConfig, config_class: type[TrainingConfig]) -> DictCon
             raise UserError(f"Config: there is no key '{key}'{_nearest(key, known)}.")
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(config_class), cfg)
+        if missing := sorted(OmegaConf.missing_keys(cfg)):
+            raise UserError(f"Config: these keys are missing: {', '.join(missing)}.")
         OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"Config: {getattr(error, 'full_key', None) or 'a key'}: {_one_line(error)}.") from error
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise UserError(f"Config: these keys are missing: {', '.join(missing)}.")
 
     _check_values(cfg)
     for key in COMPONENTS:
