@@ -179,7 +179,8 @@ def check_config(cfg: DictConfig, config_class: type[TrainingConfig]) -> DictCon
             raise UserError(f"Config: there is no key '{key}'{_nearest(key, known)}.")
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(config_class), cfg)
-        if missing := sorted(OmegaConf.missing_keys(cfg)):
+        missing = [key for key in known if OmegaConf.is_missing(cfg, key)] or sorted(OmegaConf.missing_keys(cfg))
+        if missing:
             raise UserError(f"Config: these keys are missing: {', '.join(missing)}.")
         OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
