@@ -1,0 +1,68 @@
+"""Running recipes from tests, and reading what they logged."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
+from prefix_sharing.training import TrainingConfig, check_config
+from prefix_sharing.training.config import find_config
+
+# A quickstart that takes seconds: as many keys as it takes, and no more.
+SHORT = {
+    "dataset.num_pairs": 64,
+    "dataset_val.num_pairs": 16,
+    "run_val_every_n_steps": None,
+    "max_steps_per_epoch": 4,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+}
+
+
+def make_config(output_dir, name="quickstart/single_device", config_class=TrainingConfig, **overrides):
+    cfg = OmegaConf.load(find_config(name))
+    for key, value in (SHORT | {"output_dir": str(output_dir)} | overrides).items():
+        OmegaConf.update(cfg, key, value)
+    return check_config(cfg, config_class)
+
+
+def run_in_process(output_dir, recipe_class=PrefixDPORecipeSingleDevice, **overrides):
+    """Runs the single-device recipe and returns it."""
+    recipe = recipe_class(make_config(output_dir, **overrides))
+    recipe.setup()
+    recipe.train()
+    recipe.cleanup()
+    return recipe
+
+
+def tune_run(*arguments, cwd, timeout=300):
+    """``tune run`` in a process of its own, in a directory of its own."""
+    command = [str(Path(sys.executable).parent / "tune"), "run", *arguments]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(Path(cwd) / "datasets_cache"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def read_log(output_dir):
+    """Every entry of the run's log as ``(step, metrics)``."""
+    entries = []
+    for file in sorted((Path(output_dir) / "logs").glob("log_*.txt")):
+        for line in file.read_text().splitlines():
+            step, values = re.fullmatch(r"Step (\d+) \| (.*)", line.strip()).groups()
+            metrics = (value.rsplit(":", 1) for value in values.split())
+            entries.append((int(step), {name: float(value) for name, value in metrics}))
+    return entries
+
+
+def training_log(output_dir):
+    return [metrics for _, metrics in read_log(output_dir) if "loss" in metrics]
+
+
+def eval_log(output_dir):
+    return [metrics for _, metrics in read_log(output_dir) if "eval/loss" in metrics]
+
+
+def losses(output_dir):
+    return [metrics["loss"] for metrics in training_log(output_dir)]

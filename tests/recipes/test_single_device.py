@@ -1,0 +1,240 @@
+"""The single-device recipe from config to checkpoint, in this process."""
+
+import math
+
+import prefix_dpo_single_device
+import pytest
+import torch
+from omegaconf import OmegaConf
+from plain import plain_log_probs
+from prefix_sharing.errors import UserError
+from prefix_sharing.quickstart import preference_pairs, tokenizer
+from prefix_sharing.tokenizers import hf_chat_tokenizer
+from runs import eval_log, losses, make_config, read_log, run_in_process, training_log
+from torchtune.models.llama3 import llama3
+from torchtune.training import FullModelHFCheckpointer
+
+MODEL = {
+    "vocab_size": 2048,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 128,
+    "intermediate_dim": 352,
+    "max_seq_len": 512,
+}
+
+
+def load_checkpoint(directory, tmp_path, name="model-00001-of-00001.safetensors"):
+    """A saved checkpoint by torchtune's own checkpointer, in torchtune's own model."""
+    checkpointer = FullModelHFCheckpointer(
+        checkpoint_dir=str(directory), checkpoint_files=[name], model_type="LLAMA3", output_dir=str(tmp_path / "again")
+    )
+    model = llama3(**MODEL)
+    model.load_state_dict(checkpointer.load_checkpoint()["model"])
+    return model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    import datasets
+
+    output_dir = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", output_dir / "datasets_cache")
+        recipe = run_in_process(output_dir, log_peak_memory_stats=True)
+    return recipe, output_dir
+
+
+def test_metrics_have_torchtunes_names(run):
+    _, output_dir = run
+    assert [step for step, _ in read_log(output_dir)] == [0, 1, 2, 3, 4, 4]
+    expected = {
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "log_probs/chosen",
+        "log_probs/rejected",
+        "examples_per_second",
+        "tokens_per_second_per_gpu",
+        "tokens_saved",
+    }
+    assert set(eval_log(output_dir)[0]) == {f"eval/{name}" for name in expected}
+    assert set(training_log(output_dir)[0]) == expected | {"lr", "grad_norm", "peak_memory_process"}
+    assert 0.3 < training_log(output_dir)[0]["tokens_saved"] < 0.5
+
+
+def test_logged_log_probs_are_those_of_plain_sequences(run, tmp_path):
+    _, output_dir = run
+    model = load_checkpoint(output_dir / "epoch_0", tmp_path)
+    held_out = preference_pairs(tokenizer(), num_pairs=16, seed=1)
+    with torch.no_grad():
+        log_probs = torch.stack([plain_log_probs(model, held_out[i]) for i in range(16)]).mean(0)
+    logged = eval_log(output_dir)[-1]
+    assert logged["eval/log_probs/chosen"] == pytest.approx(log_probs[0].item(), rel=1e-5)
+    assert logged["eval/log_probs/rejected"] == pytest.approx(log_probs[1].item(), rel=1e-5)
+
+
+def test_transformers_loads_the_checkpoint_and_agrees(run):
+    transformers = pytest.importorskip("transformers")
+    _, output_dir = run
+    model = transformers.AutoModelForCausalLM.from_pretrained(output_dir / "epoch_0", dtype=torch.float32)
+    held_out = preference_pairs(hf_chat_tokenizer(str(output_dir / "epoch_0")), num_pairs=16, seed=1)
+    totals = torch.zeros(2)
+    for i in range(16):
+        for k, response in enumerate(held_out[i]):
+            tokens = torch.from_numpy(response.tokens)[None]
+            with torch.no_grad():
+                log_probs = model(tokens).logits[0, :-1].log_softmax(-1)
+            picked = log_probs.gather(1, tokens[0, 1:, None])[:, 0]
+            totals[k] += picked[torch.from_numpy(response.scored[1:])].sum() / 16
+    logged = eval_log(output_dir)[-1]
+    assert logged["eval/log_probs/chosen"] == pytest.approx(totals[0].item(), abs=1e-3)
+    assert logged["eval/log_probs/rejected"] == pytest.approx(totals[1].item(), abs=1e-3)
+
+
+def test_resuming_continues_the_run(tmp_path):
+    whole = run_in_process(tmp_path / "whole", epochs=3)
+    run_in_process(tmp_path / "parts", epochs=3, recipe_class=StopsAfterTwoEpochs)
+    before = losses(tmp_path / "parts")
+    assert before == losses(tmp_path / "whole")[: len(before)]
+
+    resumed = run_in_process(tmp_path / "parts", epochs=3, resume_from_checkpoint=True, seed=5)
+    after = losses(tmp_path / "parts")[len(before) :]
+    assert after == pytest.approx(losses(tmp_path / "whole")[len(before) :], rel=1e-6)
+    assert resumed.global_step == whole.global_step == 12
+    assert resumed.cfg.seed == 0
+    # The reference is still the policy that the run began with.
+    computed = ~resumed.reference.isnan()
+    torch.testing.assert_close(resumed.reference[computed], whole.reference[computed], rtol=1e-5, atol=1e-5)
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+class StopsAfterTwoEpochs(prefix_dpo_single_device.PrefixDPORecipeSingleDevice):
+    """As if the run had been killed."""
+
+    def train(self):
+        save = prefix_dpo_single_device.save_checkpoint
+
+        class KilledError(Exception):
+            pass
+
+        def save_and_stop(*args, epoch, **kwargs):
+            save(*args, epoch=epoch, **kwargs)
+            if epoch == 1:
+                raise KilledError
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prefix_dpo_single_device, "save_checkpoint", save_and_stop)
+            with pytest.raises(KilledError):
+                super().train()
+
+
+def test_nothing_to_resume_from_is_said(tmp_path):
+    with pytest.raises(UserError, match="resume_from_checkpoint is true, but there is no .*recipe_state.pt"):
+        run_in_process(tmp_path, resume_from_checkpoint=True)
+
+
+def test_another_checkpoint_can_be_the_reference(tmp_path):
+    run_in_process(tmp_path / "first", dataset_val=None, **{"optimizer.lr": 1e-2})
+    reference = {
+        "_component_": "torchtune.training.FullModelHFCheckpointer",
+        "checkpoint_dir": str(tmp_path / "first" / "epoch_0"),
+        "checkpoint_files": ["model-00001-of-00001.safetensors"],
+        "model_type": "LLAMA3",
+        "output_dir": str(tmp_path / "unused"),
+    }
+    recipe = run_in_process(tmp_path / "second", dataset_val=None, ref_checkpointer=reference)
+    model = load_checkpoint(tmp_path / "first" / "epoch_0", tmp_path)
+    visited = recipe.plan.examples_visited(0, 1)
+    with torch.no_grad():
+        expected = torch.stack([plain_log_probs(model, recipe.dataset[i]) for i in visited])
+    torch.testing.assert_close(recipe.reference[visited], expected, rtol=1e-5, atol=1e-4)
+    assert abs(losses(tmp_path / "second")[0] - math.log(2)) > 1e-2
+    # The policy starts from its own weights.
+    assert losses(tmp_path / "second")[0] != losses(tmp_path / "first")[0]
+    first = training_log(tmp_path / "first")[0]["log_probs/chosen"]
+    assert training_log(tmp_path / "second")[0]["log_probs/chosen"] == pytest.approx(first, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["SimPOLoss", "ORPOLoss"])
+def test_losses_without_reference_compute_none(tmp_path, loss):
+    recipe = run_in_process(tmp_path, **{"loss._component_": f"prefix_sharing.losses.{loss}"})
+    assert recipe.reference is None
+    assert all(math.isfinite(value) for _, metrics in read_log(tmp_path) for value in metrics.values())
+
+
+def test_every_n_steps_are_logged_and_evaluated(tmp_path):
+    run_in_process(tmp_path, log_every_n_steps=2, run_val_every_n_steps=3)
+    assert [step for step, metrics in read_log(tmp_path) if "loss" in metrics] == [2, 4]
+    assert [step for step, metrics in read_log(tmp_path) if "eval/loss" in metrics] == [0, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"attention_backend": "flex"}, "flex cannot train on cpu"),
+        ({"model._component_": "torchtune.models.gemma.gemma", "model.head_dim": 32}, "GemmaNormEmbeddings"),
+        ({"model.vocab_size": 300}, "token ids up to .*, but the model's vocabulary has 300"),
+        ({"model.max_seq_len": 64}, "has .* tokens, but the model takes 64; set dataset.max_seq_len"),
+        ({"output_dir": "/proc/nothing"}, "output_dir: /proc/nothing cannot be written"),
+        ({"enable_activation_checkpointing": True, "enable_activation_offloading": True}, "needs a CUDA device"),
+        ({"device": "cuda"}, "device: cuda"),
+        ({"model.num_heads": 3}, "model: torchtune.models.llama3.llama3: "),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, overrides, message):
+    if overrides.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(UserError, match=message):
+        run_in_process(tmp_path / "out", **overrides)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and "datasets_cache" not in file.parts]
+
+
+def test_a_checkpoint_that_does_not_fit_the_model_is_refused(tmp_path):
+    run_in_process(tmp_path / "first", dataset_val=None, max_steps_per_epoch=1)
+    checkpointer = {
+        "_component_": "torchtune.training.FullModelHFCheckpointer",
+        "checkpoint_dir": str(tmp_path / "first" / "epoch_0"),
+        "checkpoint_files": ["model-00001-of-00001.safetensors"],
+        "model_type": "LLAMA3",
+        "output_dir": str(tmp_path / "second"),
+    }
+    with pytest.raises(UserError, match="does not fit the model: .* is missing there"):
+        run_in_process(tmp_path / "second", checkpointer=checkpointer, **{"model.num_layers": 4})
+
+
+def test_examples_that_are_no_pairs_are_refused(tmp_path):
+    file = tmp_path / "ranked.jsonl"
+    file.write_text('{"prompt": "q", "responses": ["a", "b", "c"]}\n{"prompt": "q", "responses": ["a", "b"]}\n')
+    dataset = {
+        "_component_": "prefix_sharing.datasets.prefix_preference_dataset",
+        "source": "json",
+        "data_files": str(file),
+    }
+    with pytest.raises(UserError, match="DPOLoss compares pairs, but the examples have 2 to 3 responses"):
+        run_in_process(tmp_path / "out", dataset=OmegaConf.create(dataset))
+
+
+def test_the_last_line_says_what_became_of_the_accuracy(tmp_path, caplog):
+    import logging
+
+    logging.getLogger("prefix_sharing").propagate = True
+    with caplog.at_level("INFO", logger="prefix_sharing"):
+        recipe = run_in_process(tmp_path)
+    line = caplog.messages[-1]
+    assert line.startswith("Trained llama3 (1.1 M parameters) with DPOLoss for 4 steps on generated pairs (seed 0) (64")
+    assert f"it lies in {tmp_path / 'epoch_0'}" in line
+    before, after = (metrics["eval/rewards/accuracies"] for metrics in eval_log(tmp_path))
+    assert line.endswith(f"held-out accuracy {before:.3f} -> {after:.3f}.")
+    assert recipe.epochs_run == 1
+
+
+def test_the_seed_that_was_drawn_is_in_the_saved_config(tmp_path):
+    recipe = run_in_process(tmp_path, seed=None, dataset_val=None, max_steps_per_epoch=1)
+    saved = OmegaConf.load(tmp_path / "torchtune_config.yaml")
+    assert saved.seed == recipe.cfg.seed
+    assert make_config(tmp_path, seed=saved.seed).seed == saved.seed
