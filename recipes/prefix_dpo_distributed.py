@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from torchtune import training
 from tqdm import tqdm
 
+from prefix_sharing.config import instantiate
 from prefix_sharing.losses import PairwiseLoss
 from prefix_sharing.model import ResponseLogProbs
 from prefix_sharing.reference import load_reference_checkpoint, reference_log_probs
@@ -33,7 +34,6 @@ from prefix_sharing.training import (
     compute_dtype,
     evaluate,
     init_process_group,
-    instantiate,
     is_rank_zero,
     load_checkpoint,
     load_training_state,

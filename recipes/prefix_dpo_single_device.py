@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from torchtune import training
 from tqdm import tqdm
 
+from prefix_sharing.config import instantiate
 from prefix_sharing.losses import PairwiseLoss
 from prefix_sharing.model import ResponseLogProbs
 from prefix_sharing.reference import load_reference_checkpoint, reference_log_probs
@@ -31,7 +32,6 @@ from prefix_sharing.training import (
     clip_grad_norm,
     compute_dtype,
     evaluate,
-    instantiate,
     load_checkpoint,
     load_training_state,
     load_weights,

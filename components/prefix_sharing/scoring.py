@@ -29,8 +29,9 @@ def response_log_probs(project: Callable[[torch.Tensor], torch.Tensor], hidden: 
 
     def score(hidden: torch.Tensor, predictor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         logits = project(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits[predictor, target] - logits.logsumexp(-1)[predictor]
+        # log_softmax, as in the plain computation: over large vocabularies it rounds in a way of its own on CPU.
+        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return log_probs[predictor, target]
 
     num_predictors = hidden.shape[0]
     token_log_probs = []

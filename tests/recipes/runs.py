@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 from omegaconf import OmegaConf
+
 from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
+from prefix_sharing.config import find_config
 from prefix_sharing.training import TrainingConfig, check_config
-from prefix_sharing.training.config import find_config
 
 # A quickstart that takes seconds: as many keys as it takes, and no more.
 SHORT = {

@@ -2,10 +2,9 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from prefix_sharing.quickstart import preference_pairs, tokenizer
-from prefix_sharing.rows import Plan
 from runs import losses, run_in_process, training_log
 from safetensors.torch import load_file
 from torchtune import rlhf
@@ -13,6 +12,9 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_dpo
 from torchtune.models.convert_weights import hf_to_tune
 from torchtune.models.llama3 import llama3
 from torchtune.rlhf.loss import DPOLoss
+
+from prefix_sharing.quickstart import preference_pairs, tokenizer
+from prefix_sharing.rows import Plan
 
 DIMS = {"vocab_size": 2048, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 128, "max_seq_len": 512}
 STEPS = 20
@@ -25,6 +27,14 @@ TRAINING = {
     "lr_scheduler": None,
     "optimizer.lr": 2e-4,
 }
+
+
+def as_torchtunes_sample(pair):
+    sample = {}
+    for name, response in zip(("chosen", "rejected"), pair, strict=True):
+        sample[f"{name}_input_ids"] = response.tokens.tolist()
+        sample[f"{name}_labels"] = np.where(response.scored, response.tokens, CROSS_ENTROPY_IGNORE_IDX).tolist()
+    return sample
 
 
 def torchtune_losses(initial_weights):
@@ -45,17 +55,7 @@ def torchtune_losses(initial_weights):
 
     found = []
     for step in plan.epoch(0):
-        samples = [
-            {
-                f"{name}_{key}": values.tolist()
-                for name, r in zip(("chosen", "rejected"), pairs[i], strict=True)
-                for key, values in (
-                    ("input_ids", torch.from_numpy(r.tokens)),
-                    ("labels", torch.from_numpy(r.tokens).masked_fill(~torch.from_numpy(r.scored), CROSS_ENTROPY_IGNORE_IDX)),
-                )
-            }
-            for i in step.rows[0]
-        ]
+        samples = [as_torchtunes_sample(pairs[i]) for i in step.rows[0]]
         batch = padded_collate_dpo(samples)
         with torch.no_grad():
             reference_log_probs = log_probs(reference, batch)

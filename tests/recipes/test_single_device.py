@@ -2,17 +2,18 @@
 
 import math
 
-import prefix_dpo_single_device
 import pytest
 import torch
 from omegaconf import OmegaConf
+from runs import eval_log, losses, make_config, read_log, run_in_process, training_log
+from torchtune.models.llama3 import llama3
+from torchtune.training import FullModelHFCheckpointer
+
+import prefix_dpo_single_device
 from plain import plain_log_probs
 from prefix_sharing.errors import UserError
 from prefix_sharing.quickstart import preference_pairs, tokenizer
 from prefix_sharing.tokenizers import hf_chat_tokenizer
-from runs import eval_log, losses, make_config, read_log, run_in_process, training_log
-from torchtune.models.llama3 import llama3
-from torchtune.training import FullModelHFCheckpointer
 
 MODEL = {
     "vocab_size": 2048,

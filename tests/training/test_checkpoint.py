@@ -1,10 +1,11 @@
 import pytest
 import torch
+from torchtune import training
+from torchtune.models.llama3_2 import llama3_2
+
 from prefix_sharing.errors import UserError
 from prefix_sharing.model import to_tree_model
 from prefix_sharing.training import load_weights, materialize
-from torchtune import training
-from torchtune.models.llama3_2 import llama3_2
 
 DIMS = {"vocab_size": 11, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 8, "max_seq_len": 16}
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import pytest
 from omegaconf import OmegaConf
 
+from prefix_sharing.config import config_names, find_config, instantiate
 from prefix_sharing.errors import UserError
 from prefix_sharing.training import DistributedConfig, TrainingConfig, parse
-from prefix_sharing.training.config import check_config, config_names, find_config, instantiate
+from prefix_sharing.training.config import check_config
 
 QUICKSTART = find_config("quickstart/single_device")
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from plain import response
 from prefix_sharing.losses import PairwiseLoss
 from prefix_sharing.model import ResponseLogProbs

@@ -2,12 +2,13 @@ import functools
 
 import pytest
 import torch
+from torchtune.models.llama3 import llama3
+
 from plain import plain_log_probs
 from prefix_sharing.model import to_tree_model
 from prefix_sharing.quickstart import preference_pairs, tokenizer
 from prefix_sharing.reference import reference_log_probs
 from prefix_sharing.training import RowBuilder
-from torchtune.models.llama3 import llama3
 
 DIMS = {"vocab_size": 2048, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 16, "max_seq_len": 256}
 

@@ -119,7 +119,7 @@ def examples_of_config(name: str, indices: Sequence[int]) -> list[list[Response]
     """
     from omegaconf import OmegaConf
 
-    from prefix_sharing.training.config import find_config, instantiate
+    from prefix_sharing.config import find_config, instantiate
 
     cfg = OmegaConf.load(find_config(name))
     dataset = instantiate("dataset", cfg.dataset, instantiate("tokenizer", cfg.tokenizer))

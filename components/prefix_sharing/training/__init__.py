@@ -1,13 +1,7 @@
 """What the recipes call: config, set-up, steps, metrics, checkpoints, and running on several processes."""
 
 from prefix_sharing.training.checkpoint import load_checkpoint, load_training_state, load_weights, save_checkpoint
-from prefix_sharing.training.config import (
-    DistributedConfig,
-    TrainingConfig,
-    check_config,
-    instantiate,
-    parse,
-)
+from prefix_sharing.training.config import DistributedConfig, TrainingConfig, check_config, parse
 from prefix_sharing.training.distributed import init_process_group, is_rank_zero, materialize, reshard, shard_model
 from prefix_sharing.training.evaluation import evaluate
 from prefix_sharing.training.metrics import StepMetrics, peak_memory
@@ -40,7 +34,6 @@ __all__ = [
     "compute_dtype",
     "evaluate",
     "init_process_group",
-    "instantiate",
     "is_rank_zero",
     "load_checkpoint",
     "load_training_state",

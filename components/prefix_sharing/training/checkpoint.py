@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import training
 
+from prefix_sharing.config import explained, instantiate
 from prefix_sharing.errors import UserError
-from prefix_sharing.training.config import explained, instantiate
 from prefix_sharing.training.distributed import broadcast_object, is_rank_zero
 
 log = logging.getLogger(__name__)

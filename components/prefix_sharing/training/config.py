@@ -12,17 +12,14 @@ A recipe of your own adds a key by adding a field::
 """
 
 import contextlib
-import difflib
 import functools
 import inspect
-import logging
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -30,10 +27,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torchtune import config
 
-import prefix_sharing
+from prefix_sharing.config import find_config, nearest, one_line
 from prefix_sharing.errors import UserError
-
-log = logging.getLogger(__name__)
 
 COMPONENTS = (
     "model",
@@ -176,7 +171,7 @@ def check_config(cfg: DictConfig, config_class: type[TrainingConfig]) -> DictCon
     known = [field.name for field in fields(config_class)]
     for key in cfg:
         if key not in known:
-            raise UserError(f"Config: there is no key '{key}'{_nearest(key, known)}.")
+            raise UserError(f"Config: there is no key '{key}'{nearest(key, known)}.")
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(config_class), cfg)
         missing = [key for key in known if OmegaConf.is_missing(cfg, key)] or sorted(OmegaConf.missing_keys(cfg))
@@ -184,69 +179,13 @@ def check_config(cfg: DictConfig, config_class: type[TrainingConfig]) -> DictCon
             raise UserError(f"Config: these keys are missing: {', '.join(missing)}.")
         OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"Config: {getattr(error, 'full_key', None) or 'a key'}: {_one_line(error)}.") from error
+        raise UserError(f"Config: {getattr(error, 'full_key', None) or 'a key'}: {one_line(error)}.") from error
 
     _check_values(cfg)
     for key in COMPONENTS:
         if cfg[key] is not None:
             _check_component(key, cfg[key])
     return cfg
-
-
-def instantiate(key: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
-    """Builds a component of the config; what it refuses becomes a sentence that names the key.
-
-    Args:
-        key (str): the config's key, for messages.
-        node (DictConfig): its value, with ``_component_``.
-        *args (Any): handed on.
-        **kwargs (Any): handed on, over the config's.
-
-    Returns:
-        Any: the component.
-
-    Raises:
-        UserError: if the component cannot be built.
-    """
-    with explained(f"{key}: {node._component_}"):
-        return config.instantiate(node, *args, **kwargs)
-
-
-@contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turns what a component raises over its input into a sentence that begins with ``what``.
-
-    Args:
-        what (str): the key and the component.
-
-    Yields:
-        None: to the body, whose errors are turned.
-
-    Raises:
-        UserError: for any exception of the body.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        log.debug("%s", what, exc_info=True)
-        raise UserError(f"{what}: {_one_line(error)}.") from error
-
-
-def config_directories() -> list[Path]:
-    """Where this package's configs lie: beside the code when installed, at the top of a source tree."""
-    package = Path(prefix_sharing.__file__).parent
-    return [d for d in (package / "configs", package.parents[1] / "configs") if d.is_dir()]
-
-
-def config_names() -> list[str]:
-    """Names of this package's configs, such as ``quickstart/single_device``."""
-    return sorted(
-        str(file.relative_to(directory).with_suffix(""))
-        for directory in config_directories()
-        for file in directory.rglob("*.yaml")
-    )
 
 
 def _read_config() -> DictConfig:
@@ -262,27 +201,8 @@ def _read_config() -> DictConfig:
         if not read:
             raise
     except Exception as error:
-        raise UserError(f"Config: {_one_line(error)}.") from error
+        raise UserError(f"Config: {one_line(error)}.") from error
     return read[0]
-
-
-def find_config(name: str) -> str:
-    """The file of a config given by path or by name.
-
-    Args:
-        name (str): such as ``my_config.yaml`` or ``quickstart/single_device``.
-
-    Returns:
-        str: the path.
-
-    Raises:
-        UserError: if there is none.
-    """
-    candidates = [Path(name), *(directory / f"{name}.yaml" for directory in config_directories())]
-    file = next((file for file in candidates if file.is_file()), None)
-    if file is None:
-        raise UserError(f"Config: '{name}' is neither a file nor a known name{_nearest(name, config_names())}.")
-    return str(file)
 
 
 def _check_values(cfg: DictConfig) -> None:
@@ -319,7 +239,7 @@ def _check_component(key: str, node: Any) -> None:
     try:
         component = resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"Config: {key}: there is no component '{path}': {_one_line(error)}.") from error
+        raise UserError(f"Config: {key}: there is no component '{path}': {one_line(error)}.") from error
     if key == "loss" and not hasattr(component, "needs_reference"):
         raise UserError(
             f"Config: loss: {path} does not take log-probs of shape [E, K]; use one of prefix_sharing.losses."
@@ -333,17 +253,7 @@ def _check_component(key: str, node: Any) -> None:
     names = [name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_POSITIONAL]
     for argument in node:
         if argument != "_component_" and argument not in names:
-            raise UserError(f"Config: {key}: {path} takes no '{argument}'{_nearest(argument, names)}.")
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"; the nearest one is '{nearest[0]}'" if nearest else ""
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= 400 else f"{text[:400]} ...").rstrip(".")
+            raise UserError(f"Config: {key}: {path} takes no '{argument}'{nearest(argument, names)}.")
 
 
 @contextlib.contextmanager
@@ -359,7 +269,7 @@ def _readable_errors() -> Iterator[None]:
         what = str(error)
         if not isinstance(error, UserError):
             traceback.print_exception(error)
-            what = f"{type(error).__name__}: {_one_line(error)}"
+            what = f"{type(error).__name__}: {one_line(error)}"
         where = f"rank {rank}: " if "RANK" in os.environ else ""
         print(f"Error: {where}{what}", file=sys.stderr, flush=True)
         sys.exit(1)

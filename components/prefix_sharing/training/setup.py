@@ -17,11 +17,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchtune import modules, training, utils
 
 from prefix_sharing.attention import choose_attention_backend
+from prefix_sharing.config import explained, instantiate
 from prefix_sharing.datasets import PrefixPreferenceDataset
 from prefix_sharing.errors import UserError
 from prefix_sharing.model import TreeTransformerDecoder, to_tree_model
 from prefix_sharing.rows import Plan, Row, bucket_length
-from prefix_sharing.training.config import explained, instantiate
 from prefix_sharing.training.distributed import is_rank_zero, rank_and_world_size, rank_zero_first
 
 log = logging.getLogger(__name__)

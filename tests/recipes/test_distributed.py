@@ -1,0 +1,90 @@
+"""The distributed recipe on gloo processes: the single-device loss curve, whatever the number of processes."""
+
+import pytest
+from runs import SHORT, eval_log, losses, run_in_process, tune_run
+from test_single_device import load_checkpoint
+
+KEYS = SHORT | {"dataset.num_pairs": 160, "max_steps_per_epoch": 12, "batch_size": 2}
+
+
+def run_distributed(directory, num_processes, recipe="prefix_dpo_distributed", config="quickstart/distributed", **keys):
+    directory.mkdir(exist_ok=True)
+    overrides = [f"{key}={'null' if value is None else value}" for key, value in (KEYS | keys).items()]
+    done = tune_run(
+        "--nproc_per_node", str(num_processes), recipe, "--config", config, *overrides, "output_dir=out", cwd=directory
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return directory / "out"
+
+
+@pytest.mark.slow
+def test_two_processes_follow_one_and_write_its_checkpoint(tmp_path):
+    alone = tmp_path / "alone"
+    run_in_process(alone, **KEYS | {"gradient_accumulation_steps": 6})
+    together = run_distributed(
+        tmp_path / "together", 2, gradient_accumulation_steps=3, enable_activation_checkpointing=True
+    )
+    assert len(losses(together)) == 12
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
+    for key, value in eval_log(alone)[-1].items():
+        if "per_second" not in key:
+            assert eval_log(together)[-1][key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
+    ours = load_checkpoint(together / "epoch_0", tmp_path).state_dict()
+    for name, tensor in load_checkpoint(alone / "epoch_0", tmp_path).state_dict().items():
+        assert (ours[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+
+
+@pytest.mark.slow
+def test_three_processes_and_an_uneven_last_step(tmp_path):
+    # 64 examples in steps of 12: the last step has 4, two rows for three processes
+    keys = {"dataset.num_pairs": 64, "max_steps_per_epoch": None, "dataset_val": None}
+    run_in_process(tmp_path / "alone", **KEYS | keys | {"gradient_accumulation_steps": 6})
+    together = run_distributed(tmp_path / "together", 3, gradient_accumulation_steps=2, **keys)
+    assert len(losses(together)) == 6
+    assert losses(together) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_copies_of_two_shards(tmp_path):
+    run_in_process(tmp_path / "alone", **KEYS | {"gradient_accumulation_steps": 8, "dataset_val": None})
+    together = run_distributed(
+        tmp_path / "together", 4, gradient_accumulation_steps=2, data_parallel_replicate_dim=2, dataset_val=None
+    )
+    assert losses(together) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_resuming_on_another_number_of_processes(tmp_path):
+    keys = {"dataset.num_pairs": 48, "max_steps_per_epoch": None, "dataset_val": None, "epochs": 2, "seed": 3}
+    run_in_process(tmp_path / "alone", **KEYS | keys | {"gradient_accumulation_steps": 4})
+    expected = losses(tmp_path / "alone")
+
+    # One process saves after the first epoch; two go on from there.
+    out = tmp_path / "parts" / "out"
+    out.parent.mkdir()
+    run_in_process(out, **KEYS | keys | {"gradient_accumulation_steps": 4})
+    run_distributed(tmp_path / "parts", 2, gradient_accumulation_steps=2, resume_from_checkpoint=True, **keys)
+    assert losses(out)[len(expected) :] == pytest.approx(expected[6:], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once_whatever_the_number_of_processes(tmp_path):
+    done = tune_run(
+        "--nproc_per_node",
+        "2",
+        "prefix_dpo_distributed",
+        "--config",
+        "quickstart/distributed",
+        "data_parallel_replicate_dim=3",
+        cwd=tmp_path,
+    )
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("Error:")]
+    assert said == ["Error: rank 0: Config: data_parallel_replicate_dim is 3, which does not divide the 2 processes."]
+    assert not list(tmp_path.rglob("epoch_*"))
+
+
+def test_one_process_without_a_launcher_is_told_so(tmp_path):
+    done = tune_run("prefix_dpo_distributed", "--config", "quickstart/distributed", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("Error: prefix_dpo_distributed needs a launcher: tune run --nproc")
