@@ -98,18 +98,13 @@ def test_gradients_are_those_of_the_mean_over_pairs_however_rows_are_made(loss):
             (loss(output.log_probs, output.num_scored, reference[row]).losses.sum() / 3).backward()
         return torch.cat([p.grad.flatten() for p in tree.parameters()])
 
-    alone = [
-        loss(o.log_probs, o.num_scored, reference[[i]]).losses for i, o in enumerate(map(tree, map(one_row, pairs)))
-    ]
     tree.zero_grad()
+    outputs = [tree(Row.from_examples([pair])) for pair in pairs]
+    alone = [loss(o.log_probs, o.num_scored, reference[[i]]).losses for i, o in enumerate(outputs)]
     torch.stack(alone).mean().backward()
     expected = torch.cat([p.grad.flatten() for p in tree.parameters()])
     for rows in ([[0, 1, 2]], [[0], [1], [2]], [[2, 0], [1]], [[0, 1, 2], []]):
         torch.testing.assert_close(gradients(rows), expected, rtol=1e-4, atol=1e-6)
-
-
-def one_row(pair):
-    return Row.from_examples([pair])
 
 
 def test_padding_counts_nowhere():
