@@ -23,16 +23,16 @@ SHORT = {
 }
 
 
-def make_config(output_dir, name="quickstart/single_device", config_class=TrainingConfig, **overrides):
+def make_config(directory, name="quickstart/single_device", config_class=TrainingConfig, **overrides):
     cfg = OmegaConf.load(find_config(name))
-    for key, value in (SHORT | {"output_dir": str(output_dir)} | overrides).items():
-        OmegaConf.update(cfg, key, value)
+    for key, value in (SHORT | {"output_dir": str(directory)} | overrides).items():
+        OmegaConf.update(cfg, key, value, merge=False)
     return check_config(cfg, config_class)
 
 
-def run_in_process(output_dir, recipe_class=PrefixDPORecipeSingleDevice, **overrides):
+def run_in_process(directory, recipe_class=PrefixDPORecipeSingleDevice, **overrides):
     """Runs the single-device recipe and returns it."""
-    recipe = recipe_class(make_config(output_dir, **overrides))
+    recipe = recipe_class(make_config(directory, **overrides))
     recipe.setup()
     recipe.train()
     recipe.cleanup()

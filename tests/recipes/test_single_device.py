@@ -183,7 +183,7 @@ def test_every_n_steps_are_logged_and_evaluated(tmp_path):
         ({"model.max_seq_len": 64}, "has .* tokens, but the model takes 64; set dataset.max_seq_len"),
         ({"output_dir": "/proc/nothing"}, "output_dir: /proc/nothing cannot be written"),
         ({"enable_activation_checkpointing": True, "enable_activation_offloading": True}, "needs a CUDA device"),
-        ({"device": "cuda"}, "device: cuda"),
+        ({"device": "cuda"}, "device: cuda, but there is none here"),
         ({"model.num_heads": 3}, "model: torchtune.models.llama3.llama3: "),
     ],
 )

@@ -121,11 +121,14 @@ def test_parse_reads_name_and_overrides(monkeypatch):
         "loss=prefix_sharing.losses.ORPOLoss",
         "clip_grad_norm=None",
         "~lr_scheduler.num_cycles",
+        "run_val_every_n_steps=null",
+        "dataset_val=null",
     )
     assert cfg.batch_size == 3
     assert cfg.loss._component_ == "prefix_sharing.losses.ORPOLoss"
     assert cfg.clip_grad_norm is None
     assert "num_cycles" not in cfg.lr_scheduler
+    assert cfg.dataset_val is None
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,10 @@ def check_config(cfg: DictConfig, config_class: type[TrainingConfig]) -> DictCon
     for key in cfg:
         if key not in known:
             raise UserError(f"Config: there is no key '{key}'{nearest(key, known)}.")
+    for key in COMPONENTS:
+        # What torchtune's parser makes of ``key=null`` on the command line.
+        if OmegaConf.is_dict(cfg.get(key)) and cfg[key].get("_component_", key) is None:
+            cfg[key] = None
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(config_class), cfg)
         missing = [key for key in known if OmegaConf.is_missing(cfg, key)] or sorted(OmegaConf.missing_keys(cfg))

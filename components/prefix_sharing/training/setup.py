@@ -51,6 +51,8 @@ def set_up_device(cfg: DictConfig) -> torch.device:
     """
     with explained(f"Config: device: {cfg.device}"):
         device = utils.get_device(cfg.device)
+    if cfg.device is not None and device.type != torch.device(cfg.device).type:
+        raise UserError(f"Config: device: {cfg.device}, but there is none here; set device=cpu, or leave the key out.")
     with explained(f"Config: dtype: {cfg.dtype}"):
         training.get_dtype(cfg.dtype, device)
     if cfg.enable_activation_offloading and device.type != "cuda":
