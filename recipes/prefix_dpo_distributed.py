@@ -98,12 +98,12 @@ class PrefixDPORecipeDistributed:
         self.optimizer = instantiate("optimizer", cfg.optimizer, self.model.parameters())
         self.lr_scheduler = build_lr_scheduler(cfg, self.optimizer, cfg.epochs * self.plan.steps_per_epoch)
         self.profiler = build_profiler(cfg)
-        if is_rank_zero():
-            self.metric_logger = instantiate("metric_logger", cfg.metric_logger)
-            self.metric_logger.log_config(cfg)
 
         reference_checkpoint = load_reference_checkpoint(cfg) if self.loss.needs_reference else None
         load_weights(self.model, reference_checkpoint or checkpoint)
+        if is_rank_zero():
+            self.metric_logger = instantiate("metric_logger", cfg.metric_logger)
+            self.metric_logger.log_config(cfg)
         self.reference = self.reference_val = None
         if self.loss.needs_reference:
             compute = functools.partial(

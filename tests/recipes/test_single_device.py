@@ -174,40 +174,6 @@ def test_every_n_steps_are_logged_and_evaluated(tmp_path):
     assert [step for step, metrics in read_log(tmp_path) if "eval/loss" in metrics] == [0, 3, 4]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"attention_backend": "flex"}, "flex cannot train on cpu"),
-        ({"model._component_": "torchtune.models.gemma.gemma", "model.head_dim": 32}, "GemmaNormEmbeddings"),
-        ({"model.vocab_size": 300}, "token ids up to .*, but the model's vocabulary has 300"),
-        ({"model.max_seq_len": 64}, "has .* tokens, but the model takes 64; set dataset.max_seq_len"),
-        ({"output_dir": "/proc/nothing"}, "output_dir: /proc/nothing cannot be written"),
-        ({"enable_activation_checkpointing": True, "enable_activation_offloading": True}, "needs a CUDA device"),
-        ({"device": "cuda"}, "device: cuda, but there is none here"),
-        ({"model.num_heads": 3}, "model: torchtune.models.llama3.llama3: "),
-    ],
-)
-def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, overrides, message):
-    if overrides.get("device") == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    with pytest.raises(UserError, match=message):
-        run_in_process(tmp_path / "out", **overrides)
-    assert not [file for file in tmp_path.rglob("*") if file.is_file() and "datasets_cache" not in file.parts]
-
-
-def test_a_checkpoint_that_does_not_fit_the_model_is_refused(tmp_path):
-    run_in_process(tmp_path / "first", dataset_val=None, max_steps_per_epoch=1)
-    checkpointer = {
-        "_component_": "torchtune.training.FullModelHFCheckpointer",
-        "checkpoint_dir": str(tmp_path / "first" / "epoch_0"),
-        "checkpoint_files": ["model-00001-of-00001.safetensors"],
-        "model_type": "LLAMA3",
-        "output_dir": str(tmp_path / "second"),
-    }
-    with pytest.raises(UserError, match="does not fit the model: .* is missing there"):
-        run_in_process(tmp_path / "second", checkpointer=checkpointer, **{"model.num_layers": 4})
-
-
 def test_examples_that_are_no_pairs_are_refused(tmp_path):
     file = tmp_path / "ranked.jsonl"
     file.write_text('{"prompt": "q", "responses": ["a", "b", "c"]}\n{"prompt": "q", "responses": ["a", "b"]}\n')

@@ -1,0 +1,136 @@
+"""Bad input: one sentence, a status other than 0, no traceback, and nothing that was there is touched."""
+
+import json
+import sys
+
+import pytest
+import torch
+from runs import SHORT, run_in_process
+
+import prefix_dpo_single_device
+
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+BUILDER = ["dataset=prefix_sharing.datasets.prefix_preference_dataset", "~dataset.num_pairs", "~dataset.seed"]
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Runs the recipe with overrides over an earlier run's output, and returns the one line it says."""
+
+    def run(*overrides):
+        earlier = {}
+        for name in ("torchtune_config.yaml", "epoch_0/model-00001-of-00001.safetensors", "logs/log_1.txt"):
+            file = tmp_path / "out" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"earlier {name}")
+            earlier[file] = file.read_text()
+        settings = [
+            f"{key}={'null' if value is None else value}" for key, value in SHORT.items() if f"~{key}" not in overrides
+        ]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["recipe", "--config", "quickstart/single_device", *settings, "output_dir=out", *overrides],
+        )
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            prefix_dpo_single_device.recipe_main()
+        assert caught.value.code == 1
+        stderr = capsys.readouterr().err
+        assert "Traceback" not in stderr
+        assert {file: file.read_text() for file in earlier} == earlier
+        assert not list(tmp_path.glob("out/logs/log_[2-9]*"))
+        return stderr.strip().splitlines()[-1]
+
+    return run
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_rows(*rows):
+        file = tmp_path / "pairs.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return [*BUILDER, "dataset.source=json", f"dataset.data_files={file}"]
+
+    return write_rows
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bach_size=2", "Config: there is no key 'bach_size'; the nearest one is 'batch_size'."),
+        ("attention_backend=flex", "attention_backend: flex cannot train on cpu"),
+        ("model.vocab_size=300", "the model's vocabulary has 300; tokenizer and model do not belong together."),
+        ("model.max_seq_len=64", "but the model takes 64; set dataset.max_seq_len."),
+        ("output_dir=/proc/nothing", "output_dir: /proc/nothing cannot be written"),
+        ("device=cuda", "device: cuda, but there is none here"),
+        ("model.num_heads=3", "model: torchtune.models.llama3.llama3: "),
+        ("tokenizer.max_seq_len=3", "has no example to train on (dropped by reason: nothing scored: 64)."),
+        ("optimizer.lr=fast", "optimizer: torch.optim.AdamW: "),
+        ("checkpointer.model_type=LLAMA9", "checkpointer: prefix_sharing.quickstart.random_checkpointer: "),
+    ],
+)
+def test_a_wrong_value(refused, override, message):
+    if override == "device=cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert message in refused(override)
+
+
+def test_another_model_family(refused):
+    said = refused("model=torchtune.models.gemma.gemma", "model.head_dim=32")
+    assert "tok_embeddings is a GemmaNormEmbeddings, which prefix sharing does not cover" in said
+
+
+def test_activation_offloading_without_cuda(refused):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    said = refused("enable_activation_checkpointing=True", "enable_activation_offloading=True")
+    assert "enable_activation_offloading needs a CUDA device" in said
+
+
+def test_a_missing_data_file(refused):
+    assert "nowhere.jsonl cannot be loaded" in refused(
+        *BUILDER, "dataset.source=json", "dataset.data_files=nowhere.jsonl"
+    )
+
+
+def test_a_malformed_row(refused, write):
+    said = refused(*write(PAIR, PAIR, {**PAIR, "chosen": 3}))
+    assert "pairs.jsonl, row 2 (line 3): chosen must be a string, but is a number." in said
+
+
+def test_a_data_set_of_which_nothing_is_left(refused, write):
+    said = refused(*write({**PAIR, "rejected": "a"}, {**PAIR, "chosen": " "}))
+    assert "no example to train on (dropped by reason: empty response: 1, identical responses: 1)." in said
+
+
+def test_examples_that_are_no_pairs(refused, write):
+    said = refused(*write({"prompt": "q", "responses": ["a", "b", "c"]}, {"prompt": "q", "responses": ["a", "b"]}))
+    assert "DPOLoss compares pairs, but the examples have 2 to 3 responses." in said
+
+
+def test_a_checkpoint_that_does_not_fit_the_model(refused, tmp_path):
+    run_in_process(tmp_path / "first", dataset_val=None, max_steps_per_epoch=1)
+    said = refused(
+        "checkpointer=torchtune.training.FullModelHFCheckpointer",
+        "~checkpointer.model",
+        f"checkpointer.checkpoint_dir={tmp_path / 'first' / 'epoch_0'}",
+        "checkpointer.checkpoint_files=[model-00001-of-00001.safetensors]",
+        "checkpointer.model_type=LLAMA3",
+        "model.num_layers=4",
+    )
+    assert "the checkpoint does not fit the model: layers.3." in said
+    assert "is missing there" in said
+
+
+def test_a_checkpoint_that_is_not_there(refused, tmp_path):
+    said = refused(
+        "checkpointer=torchtune.training.FullModelHFCheckpointer",
+        "~checkpointer.model",
+        "checkpointer.checkpoint_dir=nowhere",
+        "checkpointer.checkpoint_files=[model.safetensors]",
+        "checkpointer.model_type=LLAMA3",
+    )
+    assert "checkpointer: torchtune.training.FullModelHFCheckpointer: " in said
+    assert "nowhere/config.json" in said
