@@ -9,27 +9,27 @@ the loss curve of ``prefix_dpo_single_device`` on any number of processes.
 
 import functools
 import logging
-from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 from torchtune import training
 from tqdm import tqdm
 
 from prefix_sharing.config import instantiate
-from prefix_sharing.losses import PairwiseLoss
-from prefix_sharing.model import ResponseLogProbs
-from prefix_sharing.reference import load_reference_checkpoint, reference_log_probs
+from prefix_sharing.losses import PairwiseLoss, take_pairs
+from prefix_sharing.model import ResponseLogProbs, TreeTransformerDecoder
+from prefix_sharing.reference.log_probs import FrozenReference, KnownReference, set_up_reference
+from prefix_sharing.rows import Row
 from prefix_sharing.training import (
     DistributedConfig,
-    RowBuilder,
     StepMetrics,
     build_dataset,
+    build_loader,
     build_lr_scheduler,
     build_model,
     build_plan,
     build_profiler,
+    build_val_plan,
     clip_grad_norm,
     compute_dtype,
     evaluate,
@@ -38,6 +38,7 @@ from prefix_sharing.training import (
     load_checkpoint,
     load_training_state,
     load_weights,
+    log_plan,
     parse,
     peak_memory,
     reshard,
@@ -69,22 +70,12 @@ class PrefixDPORecipeDistributed:
     def setup(self) -> None:
         """Builds model, data, loss, optimizer and schedule, and computes the reference log-probs."""
         cfg = self.cfg
-        self.model = build_model(cfg, self.device)
+        self.model = self.new_model()
         self.loss = instantiate("loss", cfg.loss)
         tokenizer = instantiate("tokenizer", cfg.tokenizer)
         self.dataset = build_dataset("dataset", cfg, tokenizer, self.model, self.loss)
         self.dataset_val = build_dataset("dataset_val", cfg, tokenizer, self.model, self.loss)
-        self.make_row = RowBuilder(self.device, cfg.share_prefix, in_buckets=self.model.attention_backend == "flex")
-
-        # Weights, gradients and optimizer state are fp32; bf16 is what the layers compute in.
-        shard_model(
-            self.model,
-            self.device,
-            compute_dtype=compute_dtype(cfg),
-            replicate_dim=cfg.data_parallel_replicate_dim,
-            reshard_after_forward=cfg.fsdp_reshard_after_forward,
-            cpu_offload=cfg.fsdp_cpu_offload,
-        )
+        self.load = build_loader(cfg, self.model, self.device)
         self.activations_handling = training.get_act_offloading_ctx_manager(
             self.model, cfg.enable_activation_offloading
         )
@@ -92,45 +83,66 @@ class PrefixDPORecipeDistributed:
             "checkpointer", cfg.checkpointer, resume=cfg.resume_from_checkpoint
         )
         cfg.seed = checkpoint.get(training.SEED_KEY, cfg.seed)
-        self.plan = build_plan(cfg, self.dataset)
+        self.plan = build_plan(cfg, self.dataset, self.model)
+        self.plan_val = build_val_plan(cfg, self.dataset_val, self.model, packed=self.dataset.packed)
+        log_plan(self.plan, self.dataset, self.load)
         self.epochs_run = checkpoint.get(training.EPOCHS_KEY, 0)
         self.global_step = self.epochs_run * self.plan.steps_per_epoch
         self.optimizer = instantiate("optimizer", cfg.optimizer, self.model.parameters())
         self.lr_scheduler = build_lr_scheduler(cfg, self.optimizer, cfg.epochs * self.plan.steps_per_epoch)
         self.profiler = build_profiler(cfg)
 
-        reference_checkpoint = load_reference_checkpoint(cfg) if self.loss.needs_reference else None
-        load_weights(self.model, reference_checkpoint or checkpoint)
+        load_weights(self.model, checkpoint)
         if is_rank_zero():
             self.metric_logger = instantiate("metric_logger", cfg.metric_logger)
             self.metric_logger.log_config(cfg)
         self.reference = self.reference_val = None
         if self.loss.needs_reference:
-            compute = functools.partial(
-                reference_log_probs, self.model, make_row=self.make_row, batch_size=cfg.batch_size
+            visited = self.plan.of_pass(self.plan.examples_visited(self.epochs_run, cfg.epochs))
+            self.reference, self.reference_val = set_up_reference(
+                cfg,
+                checkpoint,
+                [(self.dataset, visited), (self.dataset_val, self.plan_val)],
+                model=self.model,
+                new_model=self.new_model,
+                forward=self.forward,
+                load=self.load,
             )
-            self.reference = compute(self.dataset, examples=self.plan.examples_visited(self.epochs_run, cfg.epochs))
-            self.reference_val = compute(self.dataset_val)
-            reshard(self.model)
-        if reference_checkpoint is not None:
-            load_weights(self.model, checkpoint)
         if cfg.resume_from_checkpoint:
             load_training_state(checkpoint, self.model, self.optimizer, self.lr_scheduler)
 
+    def new_model(self) -> TreeTransformerDecoder:
+        """A sharded model without weights. They and optimizer state are fp32; bf16 is what its layers compute in."""
+        cfg = self.cfg
+        model = build_model(cfg, self.device)
+        shard_model(
+            model,
+            self.device,
+            compute_dtype=compute_dtype(cfg),
+            replicate_dim=cfg.data_parallel_replicate_dim,
+            reshard_after_forward=cfg.fsdp_reshard_after_forward,
+            cpu_offload=cfg.fsdp_cpu_offload,
+        )
+        return model
+
+    def forward(self, model: TreeTransformerDecoder, row: Row) -> ResponseLogProbs:
+        """The log-probs of a row's responses."""
+        return model(row)
+
     def loss_of(
-        self, output: ResponseLogProbs, examples: Sequence[int], reference: torch.Tensor | None
+        self, row: Row, output: ResponseLogProbs, reference: KnownReference | FrozenReference | None
     ) -> PairwiseLoss:
-        """The loss of each of a row's examples, with the reference log-probs looked up by example."""
-        if reference is not None:
-            reference = reference[examples].to(self.device)
-        return self.loss(output.log_probs, output.num_scored, reference)
+        """The loss of each of a row's pairs."""
+        reference_log_probs = None if reference is None else reference(row)
+        return self.loss(*take_pairs(row.pairs, output.log_probs, output.num_scored, reference_log_probs))
 
     def evaluate(self) -> dict[str, float]:
         """Evaluates on ``dataset_val`` over all ranks and logs under ``eval/``."""
         if self.dataset_val is None:
             return {}
         loss_of = functools.partial(self.loss_of, reference=self.reference_val)
-        metrics = evaluate(self.model, self.dataset_val, loss_of, self.make_row, self.cfg.batch_size, self.device)
+        forward = functools.partial(self.forward, self.model)
+        metrics = evaluate(forward, self.dataset_val, self.plan_val, self.load, loss_of)
         reshard(self.model)
         if is_rank_zero():
             self.metric_logger.log_dict(metrics, step=self.global_step)
@@ -148,15 +160,15 @@ class PrefixDPORecipeDistributed:
                 unit="step",
                 disable=not is_rank_zero(),
             )
-            for step in self.plan.epoch(epoch):
-                metrics = StepMetrics(self.device)
-                for examples in step.rows:
-                    row = self.make_row(self.dataset, examples)
+            metrics = StepMetrics(self.device)
+            for step in self.load(self.dataset, self.plan.epoch(epoch)):
+                for row in step.rows:
+                    row = row.to(self.device)
                     with self.activations_handling:
-                        output = self.model(row)
-                    loss = self.loss_of(output, examples, self.reference)
-                    # The mean over the examples of the step on all ranks; FSDP divides gradients by their number.
-                    (loss.losses.sum() * self.world_size / step.num_examples).backward()
+                        output = self.forward(self.model, row)
+                    loss = self.loss_of(row, output, self.reference)
+                    # The mean over the pairs of the step on all ranks; FSDP divides gradients by their number.
+                    (loss.losses.sum() * self.world_size / step.num_pairs).backward()
                     metrics.add(row, output, loss)
 
                 grad_norm = clip_grad_norm(self.model, cfg.clip_grad_norm)
@@ -178,6 +190,7 @@ class PrefixDPORecipeDistributed:
                 if cfg.run_val_every_n_steps is not None and self.global_step % cfg.run_val_every_n_steps == 0:
                     after = self.evaluate()
                 self.profiler.step()
+                metrics = StepMetrics(self.device)
             progress.close()
             self.epochs_run += 1
             save_checkpoint(self.checkpointer, self.model, self.optimizer, self.lr_scheduler, epoch=epoch, cfg=cfg)

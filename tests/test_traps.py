@@ -124,8 +124,8 @@ def test_reference_log_probs_follow_their_examples_through_shuffling(tmp_path):
     recipe = run_in_process(tmp_path, max_steps_per_epoch=None, epochs=2)
     with torch.no_grad():
         for i in (0, 13, 63):
-            expected = initial_policy(recipe)(recipe.make_row(recipe.dataset, [i])).log_probs[0]
-            torch.testing.assert_close(recipe.reference[i], expected, rtol=1e-5, atol=1e-4)
+            expected = initial_policy(recipe)(Row.from_examples([recipe.dataset[i]])).log_probs[0]
+            torch.testing.assert_close(recipe.reference.log_probs[i], expected, rtol=1e-5, atol=1e-4)
     first, *later = losses(tmp_path)
     assert first == pytest.approx(math.log(2), abs=1e-6)
     assert max(abs(loss - math.log(2)) for loss in later) > 1e-3

@@ -7,6 +7,7 @@ activation checkpointing and FSDP2 apply as to any torchtune model, afterwards.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
@@ -23,7 +24,7 @@ from torchtune.modules import (
 
 from prefix_sharing.attention.backend import MASKS, AttentionBackend, TreeMask
 from prefix_sharing.errors import UserError
-from prefix_sharing.rows import Row
+from prefix_sharing.rows import Row, TreeSize
 from prefix_sharing.scoring import response_log_probs
 
 SUPPORTED_FAMILIES = "llama2, llama3, llama3_1, llama3_2, mistral, qwen2 and qwen2_5"
@@ -122,6 +123,22 @@ def to_tree_model(model: TransformerDecoder, attention_backend: AttentionBackend
     model.__class__ = TreeTransformerDecoder
     model.attention_backend = attention_backend
     return model
+
+
+def forward_flops(model: TreeTransformerDecoder, sizes: TreeSize) -> np.ndarray:
+    """Floating-point operations of a forward pass, by which work is shared out.
+
+    Args:
+        model (TreeTransformerDecoder): the model; it may be on the meta device.
+        sizes (TreeSize): sizes of trees, each an array of shape ``[N]``.
+
+    Returns:
+        np.ndarray: shape ``[N]``; additive over the trees of a row.
+    """
+    weights = sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
+    width = sum(layer.attn.num_heads * layer.attn.head_dim for layer in model.layers)
+    vocabulary = model.tok_embeddings.weight.numel()
+    return 2.0 * weights * sizes.num_tokens + 4.0 * width * sizes.num_visible + 2.0 * vocabulary * sizes.num_predictors
 
 
 def _refuse_unsupported(model: nn.Module) -> None:

@@ -135,7 +135,8 @@ def test_ranked_rows_keep_all_responses_best_first(write):
     dataset = build(write(rows))
     tokenizer = small_tokenizer()
     assert [scored_text(r, tokenizer) for r in dataset[0]] == ["good<|end|>", "fair<|end|>", "bad<|end|>"]
-    assert (dataset.num_responses, dataset.min_responses) == (3, 3)
+    assert dataset.num_responses == 3
+    assert dataset.num_responses_of.tolist() == [3]
 
 
 @pytest.mark.parametrize("name", ["pairs.json", "pairs.jsonl", "pairs.jsonl.gz", "pairs.parquet"])
@@ -246,7 +247,7 @@ def test_statistics(write):
     dataset = build(write(rows))
     assert dataset.longest == max(len(r.tokens) for i in range(2) for r in dataset[i])
     assert dataset.largest_id == max(r.tokens.max() for i in range(2) for r in dataset[i])
-    assert (dataset.num_responses, dataset.min_responses) == (2, 2)
+    assert dataset.num_responses == 2
 
 
 def test_malformed_row_names_file_row_and_key(write):

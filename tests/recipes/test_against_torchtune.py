@@ -14,7 +14,7 @@ from torchtune.models.llama3 import llama3
 from torchtune.rlhf.loss import DPOLoss
 
 from prefix_sharing.quickstart import preference_pairs, tokenizer
-from prefix_sharing.rows import Plan
+from prefix_sharing.rows import ExampleSizes, Plan
 
 DIMS = {"vocab_size": 2048, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 128, "max_seq_len": 512}
 STEPS = 20
@@ -46,7 +46,7 @@ def torchtune_losses(initial_weights):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-4, weight_decay=0.0)
     loss_fn = DPOLoss()
     pairs = preference_pairs(tokenizer(), num_pairs=160)
-    plan = Plan(num_examples=160, examples_per_step=8, batch_size=8, seed=0, shuffle=True)
+    plan = Plan(sizes=ExampleSizes.uniform(160), examples_per_step=8, batch_size=8, seed=0, shuffle=True)
 
     def log_probs(model, batch):
         input_ids, labels = batch

@@ -106,8 +106,12 @@ def test_a_data_set_of_which_nothing_is_left(refused, write):
 
 
 def test_examples_that_are_no_pairs(refused, write):
-    said = refused(*write({"prompt": "q", "responses": ["a", "b", "c"]}, {"prompt": "q", "responses": ["a", "b"]}))
-    assert "DPOLoss compares pairs, but the examples have 2 to 3 responses." in said
+    said = refused(*write({"prompt": "q", "responses": ["a", "b", "c"]}, {"prompt": "q", "responses": ["a"]}))
+    assert "DPOLoss compares pairs, but 1 of 2 examples have one response only." in said
+
+
+def test_an_unknown_key_under_reference(refused):
+    assert "there is no key 'reference.cache_dri'; the nearest one is 'cache_dir'" in refused("reference.cache_dri=x")
 
 
 def test_a_checkpoint_that_does_not_fit_the_model(refused, tmp_path):

@@ -7,11 +7,18 @@ from test_single_device import load_checkpoint
 KEYS = SHORT | {"dataset.num_pairs": 160, "max_steps_per_epoch": 12, "batch_size": 2}
 
 
-def run_distributed(directory, num_processes, recipe="prefix_dpo_distributed", config="quickstart/distributed", **keys):
+def run_distributed(directory, num_processes, config="quickstart/distributed", base=KEYS, **keys):
     directory.mkdir(exist_ok=True)
-    overrides = [f"{key}={'null' if value is None else value}" for key, value in (KEYS | keys).items()]
+    overrides = [f"{key}={'null' if value is None else value}" for key, value in (base | keys).items()]
     done = tune_run(
-        "--nproc_per_node", str(num_processes), recipe, "--config", config, *overrides, "output_dir=out", cwd=directory
+        "--nproc_per_node",
+        str(num_processes),
+        "prefix_dpo_distributed",
+        "--config",
+        config,
+        *overrides,
+        "output_dir=out",
+        cwd=directory,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return directory / "out"

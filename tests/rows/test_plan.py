@@ -1,55 +1,83 @@
+"""The plan: the same examples in a step however they are packed and dealt, each exactly once an epoch."""
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefix_sharing.rows import Plan, deal_rows
+from prefix_sharing.rows import ExampleSizes, Plan, report_plan
 
-PLANS = {
-    "num_examples": st.integers(1, 200),
-    "examples_per_step": st.integers(1, 40),
-    "batch_size": st.integers(1, 9),
-    "seed": st.integers(0, 5),
-    "world_size": st.integers(1, 5),
-}
+PACK_LEN = 64
 
 
-def plans_of_ranks(world_size, **kwargs):
-    return [Plan(rank=rank, world_size=world_size, shuffle=True, **kwargs) for rank in range(world_size)]
+@st.composite
+def plans(draw, **fixed):
+    """The plans of all ranks: packed by length, by number, or the whole data set at once."""
+    num_examples, world_size = draw(st.integers(1, 120)), fixed.pop("world_size", None) or draw(st.integers(1, 5))
+    num_tokens = np.array(draw(st.lists(st.integers(1, PACK_LEN), min_size=num_examples, max_size=num_examples)))
+    sizes = ExampleSizes(num_tokens, num_tokens + num_tokens**2 / 50, num_tokens % 3)
+    mode = draw(
+        st.sampled_from(
+            [
+                {"examples_per_step": draw(st.integers(1, 40)), "batch_size": draw(st.integers(1, 9))},
+                {"examples_per_step": draw(st.integers(1, 40)), "pack_len": PACK_LEN},
+                {"rows_per_step": draw(st.integers(1, 8)), "pack_len": PACK_LEN},
+            ]
+        )
+    )
+    shared = {"sizes": sizes, "seed": draw(st.integers(0, 5)), "shuffle": True, **mode, **fixed}
+    return [Plan(rank=rank, world_size=world_size, **shared) for rank in range(world_size)]
 
 
-@given(**PLANS)
-def test_every_example_comes_exactly_once_an_epoch(world_size, **kwargs):
+@given(plans())
+def test_every_example_comes_exactly_once_an_epoch(plans):
     seen = []
-    for steps in zip(*(plan.epoch(3) for plan in plans_of_ranks(world_size, **kwargs)), strict=True):
+    for steps in zip(*(plan.epoch(3) for plan in plans), strict=True):
         examples = [i for step in steps for row in step.rows for i in row]
-        assert {step.num_examples for step in steps} == {len(examples)}
+        for step in steps:
+            assert sorted(step.examples) == sorted(examples)
+            assert step.num_pairs == plans[0].sizes.num_pairs[examples].sum()
         seen += examples
-    assert sorted(seen) == list(range(kwargs["num_examples"]))
+    assert sorted(seen) == list(range(len(plans[0].sizes.num_tokens)))
 
 
-@given(**PLANS)
-def test_every_rank_has_as_many_rows(world_size, **kwargs):
-    for steps in zip(*(plan.epoch(0) for plan in plans_of_ranks(world_size, **kwargs)), strict=True):
+@given(plans())
+def test_every_rank_has_as_many_rows_and_none_is_too_long(plans):
+    for steps in zip(*(plan.epoch(0) for plan in plans), strict=True):
         assert len({len(step.rows) for step in steps}) == 1
-        assert all(len(row) <= kwargs["batch_size"] for step in steps for row in step.rows)
+        for row in (row for step in steps for row in step.rows):
+            if plans[0].pack_len is not None:
+                assert plans[0].sizes.num_tokens[row].sum() <= PACK_LEN
+            else:
+                assert len(row) <= plans[0].batch_size
 
 
-@given(**PLANS)
-def test_a_step_takes_the_same_examples_on_any_number_of_ranks(world_size, **kwargs):
-    alone = [{i for row in step.rows for i in row} for step in Plan(shuffle=True, **kwargs).epoch(1)]
-    together = [
+@given(st.data(), st.integers(1, 6), st.sampled_from([64, 100, 1000]))
+def test_a_step_takes_the_same_examples_for_any_ranks_and_row_length(data, world_size, pack_len):
+    sizes = ExampleSizes(np.array(data.draw(st.lists(st.integers(1, 64), min_size=1, max_size=90))), *[None] * 2)
+    sizes = ExampleSizes(sizes.num_tokens, sizes.num_tokens * 1.0, np.ones_like(sizes.num_tokens))
+    shared = {"sizes": sizes, "examples_per_step": 16, "shuffle": True, "seed": 4}
+    unpacked = [set(step.examples) for step in Plan(batch_size=1, **shared).epoch(1)]
+    packed = [
         {i for step in steps for row in step.rows for i in row}
-        for steps in zip(*(plan.epoch(1) for plan in plans_of_ranks(world_size, **kwargs)), strict=True)
+        for steps in zip(
+            *(Plan(pack_len=pack_len, rank=r, world_size=world_size, **shared).epoch(1) for r in range(world_size)),
+            strict=True,
+        )
     ]
-    assert together == alone
+    assert packed == unpacked
+
+
+def plan_of(num_examples, **kwargs):
+    return Plan(sizes=ExampleSizes.uniform(num_examples), **{"batch_size": 1, **kwargs})
 
 
 def test_order_depends_on_seed_and_epoch_only():
-    def order(**kwargs):
-        plan = Plan(num_examples=50, examples_per_step=8, batch_size=2, shuffle=True, seed=kwargs.get("seed", 0))
-        return [i for step in plan.epoch(kwargs.get("epoch", 0)) for row in step.rows for i in row]
+    def order(epoch=0, **kwargs):
+        plan = plan_of(50, examples_per_step=8, shuffle=True, **kwargs)
+        return [i for step in plan.epoch(epoch) for i in step.examples]
 
-    assert order() == order()
+    assert order() == order() == order(batch_size=3)
     assert order() != order(seed=1)
     assert order() != order(epoch=1)
     # as seed + epoch would not have it
@@ -57,23 +85,45 @@ def test_order_depends_on_seed_and_epoch_only():
 
 
 def test_without_shuffling_the_order_is_the_data_sets():
-    plan = Plan(num_examples=5, examples_per_step=2, batch_size=1)
-    assert [step.rows for step in plan.epoch(7)] == [[[0], [1]], [[2], [3]], [[4]]]
+    assert [step.examples.tolist() for step in plan_of(5, examples_per_step=2).epoch(7)] == [[0, 1], [2, 3], [4]]
 
 
-@pytest.mark.parametrize(("max_steps", "steps"), [(None, 3), (2, 2), (10, 3)])
-def test_max_steps_bounds_an_epoch(max_steps, steps):
-    plan = Plan(num_examples=5, examples_per_step=2, batch_size=1, max_steps=max_steps)
+@pytest.mark.parametrize(("max_steps", "drop_last", "steps"), [(None, False, 3), (2, False, 2), (9, True, 2)])
+def test_the_last_step_is_taken_as_it_is_unless_told_otherwise(max_steps, drop_last, steps):
+    plan = plan_of(5, examples_per_step=2, max_steps=max_steps, drop_last=drop_last)
     assert plan.steps_per_epoch == steps == len(list(plan.epoch(0)))
 
 
 def test_examples_visited_are_those_of_the_epochs_to_come():
-    plan = Plan(num_examples=100, examples_per_step=4, batch_size=2, shuffle=True, max_steps=3)
-    visited = plan.examples_visited(1, 3)
-    expected = {i for epoch in (1, 2) for step in plan.epoch(epoch) for row in step.rows for i in row}
-    assert visited == sorted(expected)
-    assert Plan(num_examples=5, examples_per_step=4, batch_size=2).examples_visited(0, 1) == [0, 1, 2, 3, 4]
+    plan = plan_of(100, examples_per_step=4, shuffle=True, max_steps=3)
+    expected = {i for epoch in (1, 2) for step in plan.epoch(epoch) for i in step.examples}
+    assert plan.examples_visited(1, 3).tolist() == sorted(expected)
+    assert plan_of(5, examples_per_step=4).examples_visited(0, 1).tolist() == [0, 1, 2, 3, 4]
+
+
+@given(plans(), st.data())
+def test_a_pass_takes_just_the_examples_it_is_given(plans, data):
+    some = np.array(sorted(data.draw(st.sets(st.integers(0, len(plans[0].sizes.num_tokens) - 1), min_size=1))))
+    if plans[0].rows_per_step is None:
+        taken = [i for plan in plans for step in plan.of_pass(some).epoch() for row in step.rows for i in row]
+        assert sorted(taken) == some.tolist()
 
 
 def test_ranks_without_examples_get_empty_rows():
-    assert [deal_rows([7], 2, rank, 3) for rank in range(3)] == [[[7]], [[]], [[]]]
+    plans = [plan_of(8, examples_per_step=8, batch_size=None, pack_len=4, rank=r, world_size=3) for r in range(3)]
+    assert sorted(len(row) for plan in plans for row in plan.epoch()[0].rows) == [2, 3, 3]
+    plans = [plan_of(2, examples_per_step=8, batch_size=None, pack_len=4, rank=r, world_size=3) for r in range(3)]
+    assert [plan.epoch()[0].rows for plan in plans] == [[[0]], [[1]], [[]]]
+    report = report_plan(plans[0])
+    assert (report.num_rows, report.num_empty_rows) == (2, 1)
+    # two busy ranks for three
+    assert report.worst_imbalance == pytest.approx(1.5)
+
+
+def test_the_papers_mode_packs_the_whole_data_set_first():
+    sizes = ExampleSizes(np.array([3, 2, 4, 1, 2]), np.ones(5), np.ones(5, dtype=int))
+    plan = Plan(sizes=sizes, pack_len=4, rows_per_step=2)
+    # first-fit decreasing: 4; 3 + 1; 2 + 2
+    assert plan.rows_of_dataset == [[2], [0, 3], [1, 4]]
+    assert [sorted(step.examples.tolist()) for step in plan.epoch()] == [[0, 2, 3], [1, 4]]
+    assert [step.num_pairs for step in plan.epoch()] == [3, 2]

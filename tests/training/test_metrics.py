@@ -21,7 +21,7 @@ def add(metrics, losses, chosen, rejected, log_probs):
     metrics.add(row, output, PairwiseLoss(*(torch.tensor(x) for x in (losses, chosen, rejected))))
 
 
-def test_means_are_over_examples_not_over_rows():
+def test_means_are_over_pairs_not_over_rows():
     metrics = StepMetrics(CPU)
     add(metrics, [1.0, 2.0, 3.0], [1.0, 1.0, 1.0], [0.0, 2.0, 1.0], [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0])
     add(metrics, [10.0], [4.0], [0.0], [-7.0, -8.0])

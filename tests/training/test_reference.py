@@ -1,15 +1,30 @@
-import functools
+"""Reference log-probs: those of plain sequences, by example, and the same from the cache whatever happened to it."""
 
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torchtune.models.llama3 import llama3
 
+import datasets
 from plain import plain_log_probs
+from prefix_sharing import quickstart
+from prefix_sharing.datasets import StepLoader, preference_dataset_from_rows
+from prefix_sharing.errors import UserError
 from prefix_sharing.model import to_tree_model
 from prefix_sharing.quickstart import preference_pairs, tokenizer
-from prefix_sharing.reference import reference_log_probs
-from prefix_sharing.training import RowBuilder
+from prefix_sharing.reference import log_probs as module
+from prefix_sharing.reference.cache import ReferenceCache, describe_cache, fingerprint_reference
+from prefix_sharing.reference.log_probs import reference_log_probs
+from prefix_sharing.rows import ExampleSizes, Plan, bucket_length
+from prefix_sharing.tokenizers import hf_chat_tokenizer
 
+CPU = torch.device("cpu")
 DIMS = {"vocab_size": 2048, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 16, "max_seq_len": 256}
 
 
@@ -25,13 +40,41 @@ def models():
     return plain, to_tree_model(tree, "chains")
 
 
+@pytest.fixture
+def cache(tmp_path):
+    return ReferenceCache(str(tmp_path / "cache"), "a" * 32, {"model": "small"})
+
+
+def plan_of(dataset, examples=None, **rows):
+    num_tokens = dataset.sizes().num_tokens
+    sizes = ExampleSizes(num_tokens, num_tokens * 1.0, dataset.num_pairs)
+    return Plan(sizes=sizes, **(rows or {"batch_size": 1})).of_pass(examples)
+
+
+def compute(tree, dataset, cache=None, examples=None, **rows):
+    return reference_log_probs(tree, dataset, plan_of(dataset, examples, **rows), StepLoader(CPU), cache).log_probs
+
+
+class Counts:
+    """A forward pass that counts the examples it sees, and may be interrupted."""
+
+    def __init__(self, model, stop_after=None):
+        self.model, self.stop_after, self.examples = model, stop_after, []
+
+    def __call__(self, row):
+        if self.stop_after is not None and len(self.examples) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.examples += row.examples.tolist()
+        return self.model(row)
+
+
 @pytest.mark.parametrize("share_prefix", [True, False])
-@pytest.mark.parametrize("batch_size", [1, 3, 20])
-def test_values_are_those_of_plain_sequences_by_example(dataset, models, share_prefix, batch_size):
+@pytest.mark.parametrize("rows", [{"batch_size": 1}, {"batch_size": 3}, {"pack_len": 700}])
+def test_values_are_those_of_plain_sequences_by_example(dataset, models, share_prefix, rows):
     plain, tree = models
-    make_row = RowBuilder(torch.device("cpu"), share_prefix, in_buckets=False)
-    examples = [7, 2, 9, 0]
-    log_probs = reference_log_probs(tree, dataset, make_row, batch_size, examples)
+    examples = np.array([7, 2, 9, 0])
+    load = StepLoader(CPU, share_prefix=share_prefix, round_length=bucket_length)
+    log_probs = reference_log_probs(tree, dataset, plan_of(dataset, examples, **rows), load).log_probs
     assert log_probs.shape == (10, 2)
     assert not log_probs.requires_grad
     with torch.no_grad():
@@ -41,14 +84,136 @@ def test_values_are_those_of_plain_sequences_by_example(dataset, models, share_p
     assert log_probs[others].isnan().all()
 
 
-def test_padding_to_buckets_changes_nothing(dataset, models):
-    _, tree = models
-    compute = functools.partial(reference_log_probs, tree, dataset, batch_size=4)
-    padded, unpadded = (
-        compute(make_row=RowBuilder(torch.device("cpu"), True, in_buckets=in_buckets)) for in_buckets in (True, False)
+def test_what_is_in_the_cache_is_not_computed_again(dataset, models, cache):
+    forward = Counts(models[1])
+    first = compute(forward, dataset, cache, np.array([1, 4]))
+    assert sorted(forward.examples) == [1, 4]
+    everything = compute(forward, dataset, cache)
+    assert sorted(forward.examples[2:]) == [0, 2, 3, 5, 6, 7, 8, 9]
+    assert torch.equal(everything[[1, 4]], first[[1, 4]])
+    again = Counts(models[1])
+    assert torch.equal(compute(again, dataset, cache), everything)
+    assert again.examples == []
+
+
+def test_another_order_or_selection_of_the_same_examples_finds_them(dataset, models, cache):
+    everything = compute(models[1], dataset, cache)
+    longer = preference_pairs(tokenizer(), num_pairs=12)
+    forward = Counts(models[1])
+    log_probs = compute(forward, longer, cache)
+    assert sorted(forward.examples) == [10, 11]
+    assert torch.equal(log_probs[:10], everything)
+
+
+def test_another_template_or_mask_is_another_key(tmp_path):
+    original = Path(quickstart.__file__).parent / "bpe_2048"
+    shutil.copytree(original, tmp_path / "other")
+    template = tmp_path / "other" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("\n' + m", ": ' + m").replace("\\n", ": "))
+    shutil.copytree(original, tmp_path / "same")
+
+    def key(path, **kwargs):
+        rows = datasets.Dataset.from_list([{"prompt": "q", "chosen": "good", "rejected": "bad"}])
+        return preference_dataset_from_rows(rows, hf_chat_tokenizer(str(path)), name="pairs", **kwargs).ids[0].as_py()
+
+    assert key(tmp_path / "same") == key(original)
+    keys = [
+        key(original),
+        key(tmp_path / "other"),
+        key(original, masking_strategy="train_on_all"),
+        key(original, new_system_prompt="Be brief."),
+        key(original, max_seq_len=10),
+    ]
+    assert len(set(keys)) == 5
+
+
+def test_the_reference_is_known_by_content(models):
+    plain, tree = models
+    model = {"_component_": "torchtune.models.llama3.llama3", **DIMS}
+
+    def name(weights, model=model, dtype="fp32"):
+        return fingerprint_reference(weights, model, dtype)
+
+    weights = plain.state_dict()
+    assert name(weights) == name(dict(reversed(weights.items()))) == name(tree.state_dict())
+    changed = {k: v.clone() for k, v in weights.items()}
+    changed["norm.scale"].view(-1)[3] += 1e-6
+    names = [name(weights), name(changed), name(weights, dtype="bf16"), name(weights, {**model, "rope_base": 1})]
+    names.append(name({k: v.bfloat16() for k, v in weights.items()}))
+    assert len(set(names)) == 5
+
+
+def test_an_interrupted_pass_goes_on_where_it_stopped(dataset, models, cache, monkeypatch):
+    expected = compute(models[1], dataset)
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_FILES", 0)
+    stopped = Counts(models[1], stop_after=8)
+    with pytest.raises(KeyboardInterrupt):
+        compute(stopped, dataset, cache)
+    forward = Counts(models[1])
+    assert torch.equal(compute(forward, dataset, cache), expected)
+    # a step of a pass is eight rows: the first was written
+    assert sorted(forward.examples) == [8, 9]
+
+
+def test_a_flipped_byte_is_named_and_computed_again(dataset, models, cache, caplog):
+    expected = compute(models[1], dataset, cache)
+    (file,) = cache.directory.glob("*.parquet")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    forward = Counts(models[1])
+    logging.getLogger("prefix_sharing").propagate = True
+    assert torch.equal(compute(forward, dataset, cache), expected)
+    assert sorted(forward.examples) == list(range(10))
+    assert f"{file} is damaged" in caplog.text
+    # put aside, so the next run neither uses nor names it
+    assert file.with_suffix(".damaged").exists()
+    caplog.clear()
+    assert torch.equal(compute(Counts(models[1], stop_after=0), dataset, cache), expected)
+    assert "damaged" not in caplog.text
+
+
+def test_two_runs_may_fill_the_same_cache(dataset, models, cache):
+    theirs = ReferenceCache(str(cache.directory.parent), cache.directory.name, {})
+    first = compute(models[1], dataset, cache, np.arange(6))
+    assert compute(models[1], dataset, None, np.arange(3, 10)).isnan().any()
+    theirs.add(dataset.ids.take(np.arange(3, 10)), np.full((7, 2), -1.0, np.float32), np.full(7, 2))
+    assert not any(path.name.startswith(".") for path in cache.directory.iterdir())
+    found = cache.read(dataset.ids, 2)
+    assert not np.isnan(found).any()
+    np.testing.assert_array_equal(found[:3], first[:3].numpy())
+
+
+def test_examples_with_fewer_responses_keep_their_own_number(cache):
+    ids = pa.array(["a", "b", "c"])
+    cache.add(ids.take([0, 1]), np.array([[-1, -2, -3], [-4, 0, 0]], np.float32), np.array([3, 1]))
+    np.testing.assert_array_equal(cache.read(ids, 3), [[-1, -2, -3], [-4, 0, 0], [np.nan] * 3])
+    np.testing.assert_array_equal(cache.read(ids.take([1]), 1), [[-4]])
+
+
+def test_the_command_lists_and_clears(dataset, models, cache, capsys, monkeypatch):
+    from prefix_sharing.reference import cache as command
+
+    compute(models[1], dataset, cache)
+    cache_dir = str(cache.directory.parent)
+    (line,) = describe_cache(cache_dir)
+    assert line.startswith(f"{'a' * 32}  10 examples")
+    assert "model small" in line
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["cache", "--cache_dir", cache_dir, *arguments])
+        command.main()
+        return capsys.readouterr().out
+
+    assert run() == f"{line}\n"
+    assert run("--clear", "a" * 32) == f"Removed {'a' * 32}.\n"
+    assert run() == f"{cache_dir} holds nothing.\n"
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_key(tmp_path):
+    (tmp_path / "file").write_text("")
+    cfg = OmegaConf.create(
+        {"model": {"_component_": "m"}, "dtype": "fp32", "reference": {"cache_dir": str(tmp_path / "file")}}
     )
-    torch.testing.assert_close(padded, unpadded, rtol=1e-5, atol=1e-5)
-
-
-def test_no_data_set_has_no_reference():
-    assert reference_log_probs(None, None, None, 1) is None
+    with pytest.raises(UserError, match="reference.cache_dir: .*file cannot be written: Not a directory"):
+        module.open_reference_cache(cfg, {"model": {}})

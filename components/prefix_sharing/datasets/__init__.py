@@ -1,9 +1,19 @@
 """Preference data sets: from rows as people have them to tokenized response sequences."""
 
+from prefix_sharing.datasets.packed import PackedPreferenceDataset, StepLoader, StepRows
 from prefix_sharing.datasets.preference import (
     PrefixPreferenceDataset,
+    packed_preference_dataset,
     preference_dataset_from_rows,
     prefix_preference_dataset,
 )
 
-__all__ = ["PrefixPreferenceDataset", "preference_dataset_from_rows", "prefix_preference_dataset"]
+__all__ = [
+    "PackedPreferenceDataset",
+    "PrefixPreferenceDataset",
+    "StepLoader",
+    "StepRows",
+    "packed_preference_dataset",
+    "preference_dataset_from_rows",
+    "prefix_preference_dataset",
+]

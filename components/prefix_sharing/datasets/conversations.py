@@ -144,6 +144,21 @@ def to_conversations(row: Mapping[str, Any], row_format: Format, columns: Mappin
     return [_answer(prompt or [], answers[i], keys[i], row_format) for i in order]
 
 
+def scores_best_first(row: Mapping[str, Any], row_format: Format, columns: Mapping[str, str]) -> list[float] | None:
+    """The scores of a row's responses in the order of ``to_conversations``, which has checked them.
+
+    Args:
+        row (Mapping[str, Any]): one row of the data set.
+        row_format (Format): how to read it.
+        columns (Mapping[str, str]): expected column name to actual name, where they differ.
+
+    Returns:
+        list[float] | None: None where the row has none.
+    """
+    scores = row.get(columns.get("scores", "scores")) if row_format == "ranked" else None
+    return None if scores is None else sorted(scores, reverse=True)
+
+
 def _answer(prompt: list[Turn], answer: Any, key: str, row_format: Format) -> list[Turn]:
     """The conversation that ends with an answer, which may be a string, messages, or the whole conversation."""
     if isinstance(answer, str) and row_format != "messages":

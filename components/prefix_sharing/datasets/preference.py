@@ -23,85 +23,114 @@ from prefix_sharing.datasets.conversations import (
     Turn,
     check_format,
     recognise_format,
+    scores_best_first,
     to_conversations,
 )
+from prefix_sharing.datasets.grouping import group_by_prompt as merge_by_prompt
+from prefix_sharing.datasets.ranking import PairStrategy, pairs_with_a_preference
 from prefix_sharing.datasets.source import describe_row, describe_source, load_rows
+from prefix_sharing.datasets.tokenized import FEATURES, MERGED, dropped_example, fingerprint, tokenized_example
 from prefix_sharing.errors import UserError
-from prefix_sharing.rows import Response
+from prefix_sharing.rows import Response, TreeSize
 
 log = logging.getLogger(__name__)
 
 MaskingStrategy = Literal["train_on_assistant", "train_on_last", "train_on_all"]
 Truncation = Literal["keep_start", "keep_end", "drop"]
 
-_FEATURES = datasets.Features(
-    {
-        "tokens": datasets.Sequence(datasets.Sequence(datasets.Value("int32"))),
-        "scored": datasets.Sequence(datasets.Sequence(datasets.Value("bool"))),
-        "dropped": datasets.Value("string"),
-        "num_responses": datasets.Value("int32"),
-        "longest": datasets.Value("int32"),
-        "largest_id": datasets.Value("int32"),
-    }
-)
-
 _ROWS_PER_PROCESS = 1000
 """Below this, starting a process takes longer than its share of the tokenizing."""
 
 
 class PrefixPreferenceDataset(Dataset):
-    """Tokenized examples, each with its K response sequences, best first.
+    """Tokenized examples, each with its K response sequences and the pairs they are compared by.
 
     Args:
-        tokenized (datasets.Dataset): what tokenizing made of every row, dropped ones included.
+        tokenized (datasets.Dataset): what tokenizing made of every row, dropped ones included; its columns are
+            ``prefix_sharing.datasets.tokenized.FEATURES``.
         name (str): where the rows come from, for messages.
+        packed (bool): whether recipes pack its examples into rows by length. Default: False.
 
     Attributes:
         name (str): where the rows come from.
+        packed (bool): whether recipes pack its examples.
         num_rows (int): rows read.
         dropped (dict[str, int]): rows not used, by reason.
+        num_merged (int): rows used as part of another example.
         num_responses (int): K, the most that an example has.
-        min_responses (int): the fewest.
+        num_responses_of (np.ndarray): responses of each example, shape ``[N]``.
         longest (int): tokens in the longest response sequence.
         largest_id (int): largest token id.
+        num_pairs (np.ndarray): pairs of each example, shape ``[N]``.
+        source_rows (np.ndarray): row of the split that each example was made of, shape ``[N]``.
+        ids (pyarrow.Array): fingerprint of each example's tokens and of which are scored, shape ``[N]``.
     """
 
-    def __init__(self, tokenized: datasets.Dataset, name: str) -> None:
+    def __init__(self, tokenized: datasets.Dataset, name: str, *, packed: bool = False) -> None:
         self.name = name
+        self.packed = packed
         self.num_rows = len(tokenized)
-        reasons = tokenized["dropped"][:]
-        self.dropped = {reason: n for reason, n in sorted(Counter(reasons).items()) if reason}
-        if len(reasons) == sum(self.dropped.values()):
+        reasons = np.asarray(tokenized.data.column("dropped").to_pylist(), dtype=object)
+        counts = Counter(reasons.tolist())
+        self.num_merged = counts.pop(MERGED, 0)
+        self.dropped = {reason: n for reason, n in sorted(counts.items()) if reason}
+        used = np.flatnonzero(reasons == "")
+        if len(used) == 0:
             why = f" (dropped by reason: {self._describe_drops()})" if self.dropped else ""
             raise UserError(f"dataset: {name} has no example to train on{why}.")
-        columns = tokenized.data
-        self.num_responses = pc.max(columns.column("num_responses")).as_py()
-        self.min_responses = pc.min(columns.column("num_responses")).as_py()
+        # Everything but the tokens, which stay on disk.
+        columns = tokenized.data.table.select([c for c in FEATURES if c not in ("tokens", "scored", "pairs")])
+        if len(used) < len(tokenized):
+            columns, tokenized = columns.take(used), tokenized.select(used)
+        self.source_rows = used
+        self.num_responses_of = columns.column("num_responses").to_numpy()
+        self.num_responses = int(self.num_responses_of.max())
         self.longest = pc.max(columns.column("longest")).as_py()
         self.largest_id = pc.max(columns.column("largest_id")).as_py()
-        if self.dropped:
-            tokenized = tokenized.select([i for i, reason in enumerate(reasons) if not reason])
+        self.num_pairs = columns.column("num_pairs").to_numpy()
+        self.ids = columns.column("id").combine_chunks()
+        self._sizes = {
+            share_prefix: TreeSize(*(columns.column(f"{layout}_{field}").to_numpy() for field in TreeSize._fields))
+            for share_prefix, layout in ((True, "tree"), (False, "paired"))
+        }
         self._examples = tokenized.select_columns(["tokens", "scored"]).with_format("numpy")
+        self._pairs = tokenized.select_columns(["pairs"]).with_format("numpy")
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> list[Response]:
-        """The K response sequences of an example."""
+        """The K response sequences of an example, best first unless it was merged of several."""
         example = self._examples[index]
         return [
             Response(np.asarray(tokens, dtype=np.int64), np.asarray(scored, dtype=bool))
             for tokens, scored in zip(example["tokens"], example["scored"], strict=True)
         ]
 
+    def pairs(self, index: int) -> np.ndarray:
+        """Chosen and rejected response of each pair of an example, shape ``[pairs, 2]``."""
+        return np.asarray(self._pairs[index]["pairs"], dtype=np.int64).reshape(-1, 2)
+
+    def sizes(self, share_prefix: bool = True) -> TreeSize:
+        """The size of each example's tree.
+
+        Args:
+            share_prefix (bool): False lays every response out on its own. Default: True.
+
+        Returns:
+            TreeSize: of arrays, each of shape ``[N]``.
+        """
+        return self._sizes[share_prefix]
+
     def _describe_drops(self) -> str:
         return ", ".join(f"{reason}: {n:,}" for reason, n in self.dropped.items())
 
     def __repr__(self) -> str:
         drops = f" ({self._describe_drops()})" if self.dropped else ""
-        return (
-            f"{self.name}: {self.num_rows:,} rows = {len(self):,} used + {sum(self.dropped.values()):,} dropped{drops}"
-        )
+        used = f"{len(self) + self.num_merged:,} used"
+        if self.num_merged:
+            used += f" (merged into {len(self):,} examples)"
+        return f"{self.name}: {self.num_rows:,} rows = {used} + {sum(self.dropped.values()):,} dropped{drops}"
 
 
 def prefix_preference_dataset(
@@ -117,6 +146,9 @@ def prefix_preference_dataset(
     max_seq_len: int | None = None,
     truncation: Truncation = "keep_start",
     filter_fn: Callable[[dict], bool] | str | None = None,
+    pairs: PairStrategy = "best_vs_rest",
+    group_by_prompt: bool = False,
+    packed: bool = False,
     **load_dataset_kwargs: Any,
 ) -> PrefixPreferenceDataset:
     """Builds a preference data set from files or the hub, for a config.
@@ -125,8 +157,8 @@ def prefix_preference_dataset(
     and the first rows. They are tokenized in parallel, once: ``datasets`` caches the result under a fingerprint of the
     rows, the tokenizer and every argument here.
 
-    Rows without a preference to learn are dropped, counted by reason, and the counts logged: identical responses, a
-    response with nothing scored or no text.
+    Rows without a preference to learn are dropped, counted by reason, and the counts logged: identical responses, tied
+    scores, a response with nothing scored or no text.
 
     Args:
         tokenizer (ModelTokenizer): one of torchtune's, or ``prefix_sharing.tokenizers.hf_chat_tokenizer``.
@@ -145,6 +177,13 @@ def prefix_preference_dataset(
             answer the same prompt, ``drop`` drops the example. Nothing is written over a cut. Default: "keep_start".
         filter_fn (Callable[[dict], bool] | str | None): rows for which it is false are dropped, and counted. A config
             names it by its dotted path.
+        pairs (PairStrategy): which pairs a ranked list is compared by: ``best_vs_rest``, ``adjacent``, ``all`` or
+            ``best_vs_worst``; tied responses are no pair. Each response is computed once whatever the number of its
+            pairs. Default: "best_vs_rest".
+        group_by_prompt (bool): whether rows with the same prompt are merged into one tree, in which prompt and repeated
+            responses are computed once; every pair counts as it would apart. Default: False.
+        packed (bool): whether recipes pack examples into rows of ``pack_len`` tokens, ``global_batch_size`` examples a
+            step. Default: False.
         **load_dataset_kwargs (Any): ``data_files`` and whatever else ``datasets.load_dataset`` takes.
 
     Returns:
@@ -182,7 +221,23 @@ def prefix_preference_dataset(
         max_seq_len=max_seq_len,
         truncation=truncation,
         filter_fn=filter_fn,
+        pairs=pairs,
+        group_by_prompt=group_by_prompt,
+        packed=packed,
     )
+
+
+def packed_preference_dataset(tokenizer: ModelTokenizer, **kwargs: Any) -> PrefixPreferenceDataset:
+    """``prefix_preference_dataset`` with ``packed: True``, for a config that names it.
+
+    Args:
+        tokenizer (ModelTokenizer): see there.
+        **kwargs (Any): see there.
+
+    Returns:
+        PrefixPreferenceDataset: the data set.
+    """
+    return prefix_preference_dataset(tokenizer, **{**kwargs, "packed": True})
 
 
 def preference_dataset_from_rows(
@@ -198,6 +253,9 @@ def preference_dataset_from_rows(
     max_seq_len: int | None = None,
     truncation: Truncation = "keep_start",
     filter_fn: Callable[[dict], bool] | str | None = None,
+    pairs: PairStrategy = "best_vs_rest",
+    group_by_prompt: bool = False,
+    packed: bool = False,
 ) -> PrefixPreferenceDataset:
     """Builds a preference data set from rows that are loaded already.
 
@@ -213,6 +271,9 @@ def preference_dataset_from_rows(
         max_seq_len (int | None): see there.
         truncation (Truncation): see there.
         filter_fn (Callable[[dict], bool] | str | None): see there.
+        pairs (PairStrategy): see there.
+        group_by_prompt (bool): see there.
+        packed (bool): see there.
 
     Returns:
         PrefixPreferenceDataset: the data set.
@@ -220,6 +281,7 @@ def preference_dataset_from_rows(
     Raises:
         UserError: as there.
     """
+    _check_choice("pairs", pairs, get_args(PairStrategy))
     columns = dict(column_map or {})
     if format is None:
         format = recognise_format(columns, rows.column_names, rows.select(range(min(8, len(rows)))).to_list())
@@ -236,7 +298,7 @@ def preference_dataset_from_rows(
         tokenizer.max_seq_len = None
 
     tokenize = _TokenizeRow(
-        tokenizer, format, columns, masking_strategy, new_system_prompt, max_seq_len, truncation, filter_fn
+        tokenizer, format, columns, masking_strategy, new_system_prompt, max_seq_len, truncation, filter_fn, pairs
     )
     num_processes = min(os.cpu_count() or 1, len(rows) // _ROWS_PER_PROCESS)
     try:
@@ -244,14 +306,16 @@ def preference_dataset_from_rows(
             tokenize,
             with_indices=True,
             remove_columns=rows.column_names,
-            features=_FEATURES,
+            features=FEATURES,
             num_proc=num_processes if num_processes > 1 else None,
             desc=f"Tokenizing {name}",
         )
     except MalformedRowError as error:
         where = describe_row(error.index) if describe_row else f"{name}, row {error.index}"
         raise UserError(f"dataset: {where}: {error.problem}.") from error
-    dataset = PrefixPreferenceDataset(tokenized, name)
+    if group_by_prompt:
+        tokenized = merge_by_prompt(tokenized, name)
+    dataset = PrefixPreferenceDataset(tokenized, name, packed=packed)
     log.info("%r", dataset)
     return dataset
 
@@ -277,15 +341,16 @@ class _TokenizeRow:
     max_seq_len: int | None
     truncation: Truncation
     filter_fn: Callable[[dict], bool] | None
+    pairs: PairStrategy
     version: str = prefix_sharing.__version__
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         if self.filter_fn is not None and not self.filter_fn(row):
-            return _dropped("filtered out")
+            return dropped_example("filtered out")
         try:
             conversations = to_conversations(row, self.format, self.columns)
             if any(not conversation[-1]["content"].strip() for conversation in conversations):
-                return _dropped("empty response")
+                return dropped_example("empty response")
             responses = [self.tokenizer.tokenize_messages(self._to_messages(turns)) for turns in conversations]
         except RowError as error:
             raise MalformedRowError(index, f"{error.key} {error.problem}") from error
@@ -296,22 +361,18 @@ class _TokenizeRow:
         scored = [[not masked for masked in mask] for _, mask in responses]
         if self.max_seq_len is not None:
             if self.truncation == "drop" and max(map(len, tokens)) > self.max_seq_len:
-                return _dropped("longer than max_seq_len")
+                return dropped_example("longer than max_seq_len")
             keep = self._kept(max(map(len, tokens)))
             tokens = [ids[keep] for ids in tokens]
             scored = [flags[keep] for flags in scored]
         if any(not any(flags[1:]) for flags in scored):
-            return _dropped("nothing scored")
-        if len(tokens) > 1 and all(ids == tokens[0] for ids in tokens):
-            return _dropped("identical responses")
-        return {
-            "tokens": tokens,
-            "scored": scored,
-            "dropped": "",
-            "num_responses": len(tokens),
-            "longest": max(map(len, tokens)),
-            "largest_id": max(map(max, tokens)),
-        }
+            return dropped_example("nothing scored")
+        pairs = pairs_with_a_preference(tokens, scores_best_first(row, self.format, self.columns), self.pairs)
+        if len(tokens) > 1 and not pairs:
+            return dropped_example("tied scores" if any(ids != tokens[0] for ids in tokens) else "identical responses")
+        prompts = [turns[:-1] for turns in conversations]
+        prompt = fingerprint(prompts[0]) if all(p == prompts[0] for p in prompts) else ""
+        return tokenized_example(tokens, scored, pairs, prompt)
 
     def _kept(self, longest: int) -> slice:
         if self.truncation == "keep_start":
@@ -331,10 +392,6 @@ class _TokenizeRow:
             }[self.masking_strategy]
             messages.append(Message(role=turn["role"], content=turn["content"], masked=not scored))
         return messages
-
-
-def _dropped(reason: str) -> dict[str, Any]:
-    return {"tokens": [], "scored": [], "dropped": reason, "num_responses": None, "longest": None, "largest_id": None}
 
 
 def _check_choice(key: str, value: str | None, choices: tuple[str, ...], optional: bool = False) -> None:

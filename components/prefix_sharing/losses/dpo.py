@@ -46,12 +46,12 @@ class DPOLoss:
         """Computes the loss of each pair.
 
         Args:
-            log_probs (torch.Tensor): summed log-probs under the policy, chosen first, shape ``[E, 2]``.
-            num_scored (torch.Tensor): number of scored tokens, shape ``[E, 2]``; not used.
-            reference_log_probs (torch.Tensor): summed log-probs under the reference, shape ``[E, 2]``.
+            log_probs (torch.Tensor): summed log-probs under the policy, chosen first, shape ``[P, 2]``.
+            num_scored (torch.Tensor): number of scored tokens, shape ``[P, 2]``; not used.
+            reference_log_probs (torch.Tensor): summed log-probs under the reference, shape ``[P, 2]``.
 
         Returns:
-            PairwiseLoss: losses and rewards, each of shape ``[E]``.
+            PairwiseLoss: losses and rewards, each of shape ``[P]``.
         """
         chosen_rewards, rejected_rewards = chosen_and_rejected(self.beta * (log_probs - reference_log_probs))
         logits = chosen_rewards - rejected_rewards

@@ -43,12 +43,12 @@ class ORPOLoss:
         """Computes the loss of each pair.
 
         Args:
-            log_probs (torch.Tensor): summed log-probs under the policy, chosen first, shape ``[E, 2]``.
-            num_scored (torch.Tensor): number of scored tokens, shape ``[E, 2]``.
+            log_probs (torch.Tensor): summed log-probs under the policy, chosen first, shape ``[P, 2]``.
+            num_scored (torch.Tensor): number of scored tokens, shape ``[P, 2]``.
             reference_log_probs (torch.Tensor | None): not used.
 
         Returns:
-            PairwiseLoss: losses and rewards, each of shape ``[E]``.
+            PairwiseLoss: losses and rewards, each of shape ``[P]``.
         """
         chosen, rejected = chosen_and_rejected(average_log_probs(log_probs, num_scored))
         log_odds_ratio = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))

@@ -1,4 +1,4 @@
-"""What the pairwise losses share: their result, and how a pair is read from ``[E, K]`` log-probs."""
+"""What the pairwise losses share: their result, and how pairs are read from the log-probs of responses."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,12 @@ import torch
 
 
 class PairwiseLoss(NamedTuple):
-    """The loss of each example, not reduced, with the implicit rewards of its two responses.
+    """The loss of each pair, not reduced, with the implicit rewards of its two responses.
 
     Attributes:
-        losses (torch.Tensor): shape ``[E]``.
-        chosen_rewards (torch.Tensor): detached, shape ``[E]``.
-        rejected_rewards (torch.Tensor): detached, shape ``[E]``.
+        losses (torch.Tensor): shape ``[P]``.
+        chosen_rewards (torch.Tensor): detached, shape ``[P]``.
+        rejected_rewards (torch.Tensor): detached, shape ``[P]``.
     """
 
     losses: torch.Tensor
@@ -19,17 +19,30 @@ class PairwiseLoss(NamedTuple):
     rejected_rewards: torch.Tensor
 
 
+def take_pairs(pairs: torch.Tensor, *values: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Reads pairs off values of responses, so that each response is computed once whatever the number of its pairs.
+
+    Args:
+        pairs (torch.Tensor): ``example * K + response`` of chosen and rejected, shape ``[P, 2]``.
+        *values (torch.Tensor | None): values of each response, shape ``[E, K]``.
+
+    Returns:
+        list[torch.Tensor | None]: for each its values of the pairs, shape ``[P, 2]``; None for None.
+    """
+    return [None if value is None else value.flatten()[pairs] for value in values]
+
+
 def chosen_and_rejected(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Splits ``[E, 2]`` into chosen and rejected, each ``[E]``.
+    """Splits ``[P, 2]`` into chosen and rejected, each ``[P]``.
 
     Raises:
-        ValueError: if the examples are not pairs.
+        ValueError: if these are not pairs.
     """
     if values.shape[1] != 2:
-        raise ValueError(f"A pairwise loss needs 2 responses an example, but there are {values.shape[1]}.")
+        raise ValueError(f"A pairwise loss needs pairs, but there are {values.shape[1]} values.")
     return values[:, 0], values[:, 1]
 
 
 def average_log_probs(log_probs: torch.Tensor, num_scored: torch.Tensor) -> torch.Tensor:
-    """Log-probs per scored token, ``[E, K]``; 0 for a response with none."""
+    """Log-probs per scored token, ``[P, 2]``; 0 for a response with none."""
     return log_probs / num_scored.clamp(min=1)

@@ -5,6 +5,7 @@ A micro-batch is always one row; there is no batch dimension to pad.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from prefix_sharing.rows.tree import Chain, PrefixTree, Response
 class Row:
     """The input of one forward pass: ``[prefix, chosen, rejected] [prefix, ...] ... padding``.
 
-    Shape notation: s row length, E examples, K responses an example, p rows that predict something,
+    Shape notation: s row length, E examples, K responses an example, P pairs, p rows that predict something,
     m scored tokens (a token in a shared prefix counted once for each response).
 
     Attributes:
@@ -31,6 +32,9 @@ class Row:
         scored_response (torch.Tensor): ``example * K + response`` that each scored token counts for, shape ``[m]``.
         num_scored (torch.Tensor): scored tokens of each response, shape ``[E, K]``; 0 where an example has fewer than K
             responses.
+        examples (torch.Tensor): index of each example in its data set, shape ``[E]``.
+        pairs (torch.Tensor): ``example * K + response`` of the chosen and the rejected response of each pair, shape
+            ``[P, 2]``.
         predictor_offsets (list[int]): the scored tokens of predictor ``i`` are
             ``predictor_offsets[i]:predictor_offsets[i + 1]``, length p + 1.
         chains (list[Chain]): the attention as chains, in row order.
@@ -46,6 +50,8 @@ class Row:
     scored_target: torch.Tensor
     scored_response: torch.Tensor
     num_scored: torch.Tensor
+    examples: torch.Tensor
+    pairs: torch.Tensor
     predictor_offsets: list[int]
     chains: list[Chain]
     num_tokens: int
@@ -56,6 +62,8 @@ class Row:
         cls,
         examples: Sequence[Sequence[Response]],
         *,
+        pairs: Sequence[np.ndarray] | None = None,
+        indices: Sequence[int] | None = None,
         share_prefix: bool = True,
         num_responses: int | None = None,
         round_length: Callable[[int], int] | None = None,
@@ -65,6 +73,9 @@ class Row:
         Args:
             examples (Sequence[Sequence[Response]]): the responses of each example. No example at all gives a row of
                 padding, which costs a forward pass and contributes nothing.
+            pairs (Sequence[np.ndarray] | None): the pairs of each example, chosen then rejected response, shape
+                ``[pairs, 2]`` each. Default: None, the first response with each of the others.
+            indices (Sequence[int] | None): index of each example in its data set. Default: None, 0, 1, and so on.
             share_prefix (bool): False computes every response on its own. Default: True.
             num_responses (int | None): K. Default: None, the most that an example of this row has.
             round_length (Callable[[int], int] | None): the row length for a number of tokens, such as
@@ -82,6 +93,8 @@ class Row:
         input_pos = np.zeros(length, dtype=np.int64)
         subtree_end = np.arange(1, length + 1)
         num_scored = np.zeros((len(trees), num_responses), dtype=np.int64)
+        if pairs is None:
+            pairs = [np.array([(0, k) for k in range(1, len(tree.num_scored))]).reshape(-1, 2) for tree in trees]
         predictors, targets, owners, chains = [], [], [], []
         offset = 0
         for e, tree in enumerate(trees):
@@ -111,6 +124,12 @@ class Row:
             scored_target=torch.from_numpy(np.concatenate([none, *targets])[order]),
             scored_response=torch.from_numpy(np.concatenate([none, *owners])[order]),
             num_scored=torch.from_numpy(num_scored),
+            examples=torch.arange(len(trees)) if indices is None else torch.tensor(indices, dtype=torch.int64),
+            pairs=torch.from_numpy(
+                np.concatenate(
+                    [none.reshape(0, 2), *(of_one + e * num_responses for e, of_one in enumerate(pairs))]
+                ).astype(np.int64)
+            ),
             predictor_offsets=[0, *np.cumsum(counts).tolist()],
             # With no example, the first padding token is a chain: every parameter then has a gradient, if a zero one,
             # as ranks that reduce gradients together need.
@@ -121,15 +140,24 @@ class Row:
 
     def to(self, device: torch.device) -> "Row":
         """The same row with its tensors on ``device``."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self,
-            **{
-                name: value.to(device, non_blocking=True)
-                for name, value in tensors.items()
-                if isinstance(value, torch.Tensor)
-            },
-        )
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Row":
+        """The same row with its tensors in pinned memory, from which copies to a GPU do not wait."""
+        return self._with_tensors(torch.Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Row":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: change(v) for n, v in values.items() if isinstance(v, torch.Tensor)})
+
+    # Between processes a row travels as arrays: torch would open a file for each of its tensors.
+    def __getstate__(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
 
 
 def bucket_length(num_tokens: int, multiple: int = 128) -> int:

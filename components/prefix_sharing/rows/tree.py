@@ -13,6 +13,7 @@ the subtree that hangs from it. That one integer a token is the whole attention 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -64,6 +65,20 @@ class Chain:
         )
 
 
+class TreeSize(NamedTuple):
+    """What decides what a tree costs the model.
+
+    Attributes:
+        num_tokens (int): tokens the model reads.
+        num_visible (int): token pairs (one sees the other or itself), that is, attention scores a head.
+        num_predictors (int): tokens whose hidden state is projected to the vocabulary.
+    """
+
+    num_tokens: int
+    num_visible: int
+    num_predictors: int
+
+
 @dataclass
 class PrefixTree:
     """The radix tree of K response sequences, laid out depth first.
@@ -97,6 +112,11 @@ class PrefixTree:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def size(self) -> TreeSize:
+        """What decides its cost: a token sees as many as its position says, and itself."""
+        return TreeSize(len(self), int((self.input_pos + 1).sum()), len(np.unique(self.predictors)))
 
     @classmethod
     def from_responses(cls, responses: Sequence[Response], *, share_prefix: bool = True) -> "PrefixTree":

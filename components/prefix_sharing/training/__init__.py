@@ -6,14 +6,16 @@ from prefix_sharing.training.distributed import init_process_group, is_rank_zero
 from prefix_sharing.training.evaluation import evaluate
 from prefix_sharing.training.metrics import StepMetrics, peak_memory
 from prefix_sharing.training.setup import (
-    RowBuilder,
     build_dataset,
+    build_loader,
     build_lr_scheduler,
     build_model,
     build_plan,
     build_profiler,
+    build_val_plan,
     clip_grad_norm,
     compute_dtype,
+    log_plan,
     set_up_device,
     set_up_logging,
     summarize_run,
@@ -21,14 +23,15 @@ from prefix_sharing.training.setup import (
 
 __all__ = [
     "DistributedConfig",
-    "RowBuilder",
     "StepMetrics",
     "TrainingConfig",
     "build_dataset",
+    "build_loader",
     "build_lr_scheduler",
     "build_model",
     "build_plan",
     "build_profiler",
+    "build_val_plan",
     "check_config",
     "clip_grad_norm",
     "compute_dtype",
@@ -38,6 +41,7 @@ __all__ = [
     "load_checkpoint",
     "load_training_state",
     "load_weights",
+    "log_plan",
     "materialize",
     "parse",
     "peak_memory",

@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pkgutil import resolve_name
 from typing import Any
 
@@ -29,6 +29,7 @@ from torchtune import config
 
 from prefix_sharing.config import find_config, nearest, one_line
 from prefix_sharing.errors import UserError
+from prefix_sharing.reference.cache import default_cache_dir
 
 COMPONENTS = (
     "model",
@@ -44,6 +45,20 @@ COMPONENTS = (
     "profiler",
 )
 """The keys that name a component with ``_component_``."""
+
+
+@dataclass
+class ReferenceConfig:
+    """The keys under ``reference``.
+
+    Attributes:
+        cache_dir (str | None): where reference log-probs are kept for later runs. Default: beside the cache of
+            ``datasets``; null turns it off.
+        precompute (bool): False keeps a frozen second model in memory instead, for data that is used once.
+    """
+
+    cache_dir: str | None = field(default_factory=default_cache_dir)
+    precompute: bool = True
 
 
 @dataclass
@@ -72,6 +87,14 @@ class TrainingConfig:
         batch_size (int): examples a row, that is, a forward pass.
         gradient_accumulation_steps (int): rows an optimizer step, on each rank.
         shuffle (bool): whether to shuffle each epoch.
+        global_batch_size (int | None): examples an optimizer step takes over all ranks; needed with
+            ``dataset.packed: True``. Default: None, ``batch_size`` times ``gradient_accumulation_steps`` times ranks.
+        pack_len (Any): most tokens in a packed row, or ``auto``: the longest example rounded up.
+        packing (str): ``step`` packs the examples of a step, which stay those of the unpacked run; ``dataset`` packs
+            the whole data set first and takes ``pack_rows_per_step`` rows a step, whatever their number of examples.
+        pack_rows_per_step (int | None): rows an optimizer step takes over all ranks, with ``packing: dataset``.
+        drop_last (bool): whether to leave out the last step of an epoch if it is incomplete.
+        num_workers (int): processes that build rows ahead, on each rank; 0 builds them in the loop.
         share_prefix (bool): False computes every response on its own, for comparison.
         attention_backend (str | None): ``flex`` or ``chains``. Default: None, chosen by device.
         clip_grad_norm (float | None): largest norm of the gradient.
@@ -81,6 +104,7 @@ class TrainingConfig:
         log_every_n_steps (int): steps between log entries.
         log_peak_memory_stats (bool): whether to log peak memory.
         resume_from_checkpoint (bool): goes on from the last epoch saved in ``output_dir``.
+        reference (ReferenceConfig): where reference log-probs come from.
     """
 
     output_dir: str = MISSING
@@ -103,6 +127,12 @@ class TrainingConfig:
     max_steps_per_epoch: int | None = None
     batch_size: int = 1
     gradient_accumulation_steps: int = 1
+    global_batch_size: int | None = None
+    pack_len: Any = "auto"
+    packing: str = "step"
+    pack_rows_per_step: int | None = None
+    drop_last: bool = False
+    num_workers: int = 1
     shuffle: bool = True
     share_prefix: bool = True
     attention_backend: str | None = None
@@ -113,6 +143,7 @@ class TrainingConfig:
     log_every_n_steps: int = 1
     log_peak_memory_stats: bool = False
     resume_from_checkpoint: bool = False
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
 
 @dataclass
@@ -169,9 +200,9 @@ def check_config(cfg: DictConfig, config_class: type[TrainingConfig]) -> DictCon
             does not take an argument given to it.
     """
     known = [field.name for field in fields(config_class)]
-    for key in cfg:
-        if key not in known:
-            raise UserError(f"Config: there is no key '{key}'{nearest(key, known)}.")
+    _check_known("", cfg, known)
+    if OmegaConf.is_dict(cfg.get("reference")):
+        _check_known("reference.", cfg.reference, [field.name for field in fields(ReferenceConfig)])
     for key in COMPONENTS:
         # What torchtune's parser makes of ``key=null`` on the command line.
         if OmegaConf.is_dict(cfg.get(key)) and cfg[key].get("_component_", key) is None:
@@ -190,6 +221,12 @@ def check_config(cfg: DictConfig, config_class: type[TrainingConfig]) -> DictCon
         if cfg[key] is not None:
             _check_component(key, cfg[key])
     return cfg
+
+
+def _check_known(prefix: str, cfg: DictConfig, known: list[str]) -> None:
+    for key in cfg:
+        if key not in known:
+            raise UserError(f"Config: there is no key '{prefix}{key}'{nearest(key, known)}.")
 
 
 def _read_config() -> DictConfig:
@@ -214,6 +251,8 @@ def _check_values(cfg: DictConfig) -> None:
         "epochs",
         "batch_size",
         "gradient_accumulation_steps",
+        "global_batch_size",
+        "pack_rows_per_step",
         "log_every_n_steps",
         "max_steps_per_epoch",
         "run_val_every_n_steps",
@@ -222,6 +261,9 @@ def _check_values(cfg: DictConfig) -> None:
         value = cfg.get(key)
         if value is not None and value < 1:
             raise UserError(f"Config: {key} must be at least 1, but is {value}.")
+    _check_packing(cfg)
+    if cfg.num_workers < 0:
+        raise UserError(f"Config: num_workers must not be negative, but is {cfg.num_workers}.")
     if cfg.dtype not in ("fp32", "bf16"):
         raise UserError(f"Config: dtype must be fp32 or bf16, but is {cfg.dtype}.")
     if cfg.seed is not None and cfg.seed < 0:
@@ -232,6 +274,17 @@ def _check_values(cfg: DictConfig) -> None:
         raise UserError("Config: run_val_every_n_steps is set, but there is no dataset_val to evaluate.")
     if cfg.enable_activation_offloading and not cfg.enable_activation_checkpointing:
         raise UserError("Config: enable_activation_offloading needs enable_activation_checkpointing: True.")
+
+
+def _check_packing(cfg: DictConfig) -> None:
+    if cfg.packing not in ("step", "dataset"):
+        raise UserError(f"Config: packing must be step or dataset, but is {cfg.packing}.")
+    if cfg.pack_len != "auto" and not (type(cfg.pack_len) is int and cfg.pack_len >= 1):
+        raise UserError(f"Config: pack_len must be auto or a number of tokens, but is {cfg.pack_len}.")
+    packed = OmegaConf.is_dict(cfg.dataset) and cfg.dataset.get("packed", False)
+    needed = "pack_rows_per_step" if cfg.packing == "dataset" else "global_batch_size"
+    if packed and cfg[needed] is None:
+        raise UserError(f"Config: dataset.packed: True with packing: {cfg.packing} needs {needed}.")
 
 
 def _check_component(key: str, node: Any) -> None:

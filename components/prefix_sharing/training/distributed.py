@@ -61,6 +61,20 @@ def broadcast_object(value: Any) -> Any:
     return values[0]
 
 
+def broadcast_from_rank_zero(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's values, on every rank.
+
+    Args:
+        tensor (torch.Tensor): one of the same shape on each rank, on the model's device; overwritten.
+
+    Returns:
+        torch.Tensor: the tensor.
+    """
+    if dist.is_initialized():
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 @contextlib.contextmanager
 def rank_zero_first() -> Iterator[None]:
     """One process of each machine runs the body before the others, which then find its work in a cache."""

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torchtune import training
 
-from prefix_sharing.losses import PairwiseLoss
+from prefix_sharing.losses import PairwiseLoss, take_pairs
 from prefix_sharing.model import ResponseLogProbs
 from prefix_sharing.rows import Row
 from prefix_sharing.training.distributed import sum_over_ranks
 
-_PER_EXAMPLE = (
+_PER_PAIR = (
     "loss",
     "rewards/chosen",
     "rewards/rejected",
@@ -34,7 +34,8 @@ class StepMetrics:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(_PER_EXAMPLE), dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(_PER_PAIR), dtype=torch.float64, device=device)
+        self._num_pairs = 0
         self._num_examples = 0
         self._num_tokens = 0
         self._paired_tokens = 0
@@ -50,10 +51,11 @@ class StepMetrics:
         """
         losses, chosen, rejected = loss
         accuracies = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-        log_probs = output.log_probs
+        (log_probs,) = take_pairs(row.pairs, output.log_probs)
         values = (losses, chosen, rejected, accuracies, log_probs[:, 0], log_probs[:, 1])
         self._sums += torch.stack([value.detach().double().sum() for value in values])
-        self._num_examples += len(losses)
+        self._num_pairs += len(losses)
+        self._num_examples += len(row.examples)
         self._num_tokens += row.num_tokens
         self._paired_tokens += row.paired_tokens
 
@@ -61,16 +63,16 @@ class StepMetrics:
         """The metrics over all ranks: a collective, so every rank has to call it.
 
         Returns:
-            dict[str, float]: means over examples, ``tokens_saved`` (share of the paired format's tokens that sharing
+            dict[str, float]: means over pairs, ``tokens_saved`` (share of the paired format's tokens that sharing
             avoided), ``examples_per_second``, and ``tokens_per_second_per_gpu`` (tokens computed).
         """
-        counts = [self._num_examples, self._num_tokens, self._paired_tokens]
+        counts = [self._num_pairs, self._num_examples, self._num_tokens, self._paired_tokens]
         sums = torch.cat([self._sums, self._sums.new_tensor(counts)])
-        *means, num_examples, num_tokens, paired_tokens = sum_over_ranks(sums).tolist()
+        *totals, num_pairs, num_examples, num_tokens, paired_tokens = sum_over_ranks(sums).tolist()
         seconds = time.perf_counter() - self._start
         world_size = dist.get_world_size() if dist.is_initialized() else 1
 
-        metrics = {name: total / num_examples for name, total in zip(_PER_EXAMPLE, means, strict=True)}
+        metrics = {name: total / num_pairs for name, total in zip(_PER_PAIR, totals, strict=True)}
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         metrics["examples_per_second"] = num_examples / seconds
         metrics["tokens_per_second_per_gpu"] = num_tokens / seconds / world_size

@@ -1,0 +1,81 @@
+"""What stands in the table of tokenized examples, one for each row of the source, dropped ones included."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+
+import datasets
+from prefix_sharing.rows import PrefixTree, Response, TreeSize
+
+MERGED = "merged"
+"""Stands in ``dropped`` where the responses of a row are with an earlier one's: the row is used."""
+
+FEATURES = datasets.Features(
+    {
+        "tokens": datasets.Sequence(datasets.Sequence(datasets.Value("int32"))),
+        "scored": datasets.Sequence(datasets.Sequence(datasets.Value("bool"))),
+        "pairs": datasets.Sequence(datasets.Value("int32")),  # chosen, rejected, chosen, rejected, ...
+        "dropped": datasets.Value("string"),  # why, or ""
+        "id": datasets.Value("string"),  # fingerprint of tokens and scored
+        "prompt": datasets.Value("string"),  # fingerprint of the prompt, or "" if the responses have several
+        "num_responses": datasets.Value("int32"),
+        "num_pairs": datasets.Value("int32"),
+        "longest": datasets.Value("int32"),
+        "largest_id": datasets.Value("int32"),
+        **{f"{layout}_{name}": datasets.Value("int64") for layout in ("tree", "paired") for name in TreeSize._fields},
+    }
+)
+
+
+def tokenized_example(
+    tokens: list[list[int]], scored: list[list[bool]], pairs: Sequence[tuple[int, int]], prompt: str
+) -> dict[str, Any]:
+    """A row of the table.
+
+    Args:
+        tokens (list[list[int]]): token ids of each response sequence.
+        scored (list[list[bool]]): which of them are scored.
+        pairs (Sequence[tuple[int, int]]): indices of chosen and rejected response of each pair.
+        prompt (str): fingerprint of the prompt that all responses answer, or "".
+
+    Returns:
+        dict[str, Any]: a value for each of ``FEATURES``.
+    """
+    responses = [Response(np.array(t), np.array(s)) for t, s in zip(tokens, scored, strict=True)]
+    sizes = {
+        layout: PrefixTree.from_responses(responses, share_prefix=layout == "tree").size
+        for layout in ("tree", "paired")
+    }
+    return {
+        "tokens": tokens,
+        "scored": scored,
+        "pairs": [k for pair in pairs for k in pair],
+        "dropped": "",
+        "id": fingerprint([tokens, scored]),
+        "prompt": prompt,
+        "num_responses": len(tokens),
+        "num_pairs": len(pairs),
+        "longest": max(map(len, tokens)),
+        "largest_id": max(map(max, tokens)),
+        **{f"{layout}_{name}": value for layout, size in sizes.items() for name, value in size._asdict().items()},
+    }
+
+
+def dropped_example(reason: str) -> dict[str, Any]:
+    """The row of the table that stands for a row of the source that is not used, or with another one.
+
+    Args:
+        reason (str): why.
+
+    Returns:
+        dict[str, Any]: a value for each of ``FEATURES``.
+    """
+    empty = {name: [] for name in ("tokens", "scored", "pairs")}
+    return {**dict.fromkeys(FEATURES), **empty, "dropped": reason}
+
+
+def fingerprint(value: Any) -> str:
+    """A short name for what a value made of lists, numbers and strings says."""
+    return xxhash.xxh3_128_hexdigest(repr(value).encode())

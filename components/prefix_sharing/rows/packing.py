@@ -1,0 +1,217 @@
+"""Packing examples into rows of at most ``pack_len`` tokens, and dealing rows to ranks.
+
+All ranks run the same number of forward passes a step, so what counts is rows a rank, not rows. ``pack`` starts from
+the fewest that the lower bound allows and tries, in this order,
+
+1. *spread*: the costliest example first, each to the cheapest row that has room, so that rows come out equally costly;
+   then the same by length.
+2. *best fit*: the longest example first, each to the fullest row that has room (best-fit decreasing).
+3. *fill*: one row after the other, each with the longest example left and, of the others, those that fill it best
+   (a subset sum; the minimum bin slack heuristic of Gupta and Ho, 1999).
+
+Only if none of them fits does it take one row a rank more.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+
+_ROWS_TO_TRY = 32
+"""Rows without room that ``_spread`` passes over before it gives up."""
+
+_EXAMPLES_TO_FILL_WITH = 256
+"""Examples among which ``_fill`` looks for those that fill a row; with more, nearly every row is full anyway."""
+
+_MOST_EXAMPLES_TO_FILL = 8192
+"""Examples beyond which ``_fill`` takes longer than the rows it saves are worth."""
+
+Rows = list[list[int]]
+"""The examples of each row."""
+
+
+def pack(lengths: np.ndarray, costs: np.ndarray, pack_len: int, world_size: int = 1) -> Rows:
+    """Packs examples into as few rows a rank as the heuristics above find.
+
+    Args:
+        lengths (np.ndarray): tokens of each example, none above ``pack_len``, shape ``[n]``.
+        costs (np.ndarray): what each costs the model, in any unit, shape ``[n]``.
+        pack_len (int): most tokens in a row.
+        world_size (int): ranks. Default: 1.
+
+    Returns:
+        Rows: indices into ``lengths``, each once; no row is empty.
+    """
+    rows_per_rank = -(-lower_bound(lengths, pack_len) // world_size)
+    by_cost = np.argsort(-costs, kind="stable").tolist()
+    by_length = np.argsort(-lengths, kind="stable").tolist()
+    length_list, cost_list = lengths.tolist(), costs.tolist()
+    best_fit = None
+    while True:
+        most_rows = rows_per_rank * world_size
+        rows = _spread(by_cost, length_list, cost_list, pack_len, most_rows)
+        rows = rows or _spread(by_length, length_list, length_list, pack_len, most_rows)
+        if rows:
+            return rows
+        best_fit = best_fit or _best_fit(by_length, length_list, pack_len)
+        if len(best_fit) <= most_rows:
+            return best_fit
+        if len(by_length) <= _MOST_EXAMPLES_TO_FILL:
+            rows = _fill(by_length, length_list, pack_len, most_rows)
+            if rows is not None:
+                return rows
+        rows_per_rank += 1
+
+
+def lower_bound(lengths: np.ndarray, pack_len: int) -> int:
+    """Rows that no packing can do without: Martello and Toth's bound L2.
+
+    For each threshold: examples that leave less than it need a row each, those above half a row do too, and the ones
+    between the threshold and a half fill what those leave before they need rows of their own.
+
+    Args:
+        lengths (np.ndarray): tokens of each example, shape ``[n]``.
+        pack_len (int): most tokens in a row.
+
+    Returns:
+        int: the bound.
+    """
+    ordered = np.sort(lengths)[::-1].astype(np.int64)
+    totals = np.concatenate([[0], np.cumsum(ordered)])
+
+    def number_above(length: np.ndarray) -> np.ndarray:
+        return np.searchsorted(-ordered, -length, side="left")
+
+    half = pack_len // 2
+    thresholds = np.unique(np.concatenate([[0], ordered[ordered <= half]]))
+    huge, large = number_above(pack_len - thresholds), number_above(np.array(half))
+    upto = np.searchsorted(-ordered, -thresholds, side="right")
+    free_beside_large = (large - huge) * pack_len - (totals[large] - totals[huge])
+    left_over = np.maximum(0, totals[np.maximum(upto, large)] - totals[large] - free_beside_large)
+    return int((large + -(-left_over // pack_len)).max())
+
+
+def first_fit_decreasing(lengths: np.ndarray, pack_len: int) -> Rows:
+    """Packs a whole data set: the longest example first, each into the first row that has room.
+
+    Args:
+        lengths (np.ndarray): tokens of each example, none above ``pack_len``, shape ``[n]``.
+        pack_len (int): most tokens in a row.
+
+    Returns:
+        Rows: indices into ``lengths``, each once.
+    """
+    leaves = 1 << max(len(lengths) - 1, 0).bit_length()
+    free = [pack_len] * (2 * leaves)  # a binary tree: the most room in any row below each node
+    rows: Rows = []
+    length_list = lengths.tolist()
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        length, node = length_list[i], 1
+        while node < leaves:
+            node *= 2
+            if free[node] < length:
+                node += 1
+        if node - leaves == len(rows):
+            rows.append([])
+        rows[node - leaves].append(i)
+        free[node] -= length
+        while node > 1:
+            node //= 2
+            most = max(free[2 * node], free[2 * node + 1])
+            if free[node] == most:
+                break
+            free[node] = most
+    return rows
+
+
+def deal(rows: Rows, costs: Sequence[float], world_size: int = 1) -> list[Rows]:
+    """Deals rows to the ranks, the same number to each.
+
+    Ranks wait for one another at every forward pass, so rows of about the same cost are computed at the same time;
+    among those the costliest goes to the rank that has least so far.
+
+    Args:
+        rows (Rows): the rows.
+        costs (Sequence[float]): what each costs, as many as rows.
+        world_size (int): ranks. Default: 1.
+
+    Returns:
+        list[Rows]: each rank's rows, the costliest first; empty ones fill up.
+    """
+    order = sorted(range(len(rows)), key=lambda row: -costs[row])
+    dealt: list[Rows] = [[] for _ in range(world_size)]
+    totals = [0.0] * world_size
+    for first in range(0, len(rows), world_size):
+        together = order[first : first + world_size]
+        for place, rank in enumerate(sorted(range(world_size), key=lambda rank: totals[rank])):
+            if place < len(together):
+                dealt[rank].append(rows[together[place]])
+                totals[rank] += costs[together[place]]
+            else:
+                dealt[rank].append([])
+    return dealt
+
+
+def _spread(order: list[int], lengths: list[int], costs: list[float], pack_len: int, num_rows: int) -> Rows | None:
+    cheapest = [(0.0, row) for row in range(num_rows)]
+    free = [pack_len] * num_rows
+    rows: Rows = [[] for _ in range(num_rows)]
+    for i in order:
+        length = lengths[i]
+        without_room = []
+        while free[cheapest[0][1]] < length:
+            without_room.append(heapq.heappop(cheapest))
+            if not cheapest or len(without_room) > _ROWS_TO_TRY:
+                return None
+        cost, row = cheapest[0]
+        heapq.heapreplace(cheapest, (cost + costs[i], row))
+        rows[row].append(i)
+        free[row] -= length
+        for entry in without_room:
+            heapq.heappush(cheapest, entry)
+    return [row for row in rows if row]
+
+
+def _best_fit(order: list[int], lengths: list[int], pack_len: int) -> Rows:
+    rows: Rows = []
+    with_room: list[list[int]] = [[] for _ in range(pack_len + 1)]  # rows by the tokens they have room for
+    there_are = 0  # bit n: some row has room for exactly n tokens
+    for i in order:
+        length = lengths[i]
+        enough = there_are >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                there_are ^= 1 << room
+        else:
+            room, row = pack_len, len(rows)
+            rows.append([])
+        rows[row].append(i)
+        with_room[room - length].append(row)
+        there_are |= 1 << (room - length)
+    return rows
+
+
+def _fill(order: list[int], lengths: list[int], pack_len: int, num_rows: int) -> Rows | None:
+    left, rows = list(order), []
+    while left:
+        if len(rows) == num_rows:
+            return None
+        room = pack_len - lengths[left[0]]
+        others = [i for i in left[1:] if lengths[i] <= room][:_EXAMPLES_TO_FILL_WITH]
+        # Bit n of sums[j]: some of the first j others have n tokens together.
+        sums, upto_room = [1], (1 << (room + 1)) - 1
+        for i in others:
+            sums.append((sums[-1] | sums[-1] << lengths[i]) & upto_room)
+            if sums[-1] >> room:
+                break
+        filled, row = sums[-1].bit_length() - 1, [left[0]]
+        for j in range(len(sums) - 2, -1, -1):
+            if not sums[j] >> filled & 1:
+                row.append(others[j])
+                filled -= lengths[others[j]]
+        rows.append(row)
+        taken = set(row)
+        left = [i for i in left if i not in taken]
+    return rows

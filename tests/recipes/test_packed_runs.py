@@ -1,0 +1,154 @@
+"""However rows are packed, dealt and scored against a reference, the loss curve is the unpacked run's."""
+
+import json
+import logging
+import math
+
+import pytest
+from omegaconf import OmegaConf
+from runs import eval_log, losses, run_in_process, training_log
+from test_distributed import run_distributed
+
+from prefix_sharing.config import find_config
+from prefix_sharing.errors import UserError
+from prefix_sharing.quickstart.pairs import generate_pairs
+
+BUILDER = "prefix_sharing.datasets.prefix_preference_dataset"
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    """Pairs whose prompts, and so lengths, differ by a lot; 45 of them, so that the last step of an epoch has 5."""
+    file = tmp_path / "pairs.jsonl"
+    with file.open("w") as lines:
+        for i, pair in enumerate(generate_pairs(45, seed=2)):
+            pair["prompt"] = " ".join([pair["prompt"]] * (1 + i % 4))
+            lines.write(json.dumps(pair) + "\n")
+    return str(file)
+
+
+def keys_for(file, packed=True, **kwargs):
+    dataset = OmegaConf.create({"_component_": BUILDER, "source": "json", "data_files": file, "packed": packed})
+    keys = {"dataset": dataset, "dataset_val.num_pairs": 8, "max_steps_per_epoch": None, "global_batch_size": 8}
+    keys |= {"optimizer.lr": 1e-2, "lr_scheduler": None, "model.max_seq_len": 1024, "gradient_accumulation_steps": 1}
+    return keys | kwargs
+
+
+@pytest.fixture
+def unpacked(tmp_path, pairs_file):
+    run_in_process(tmp_path / "unpacked", **keys_for(pairs_file, packed=False, batch_size=1))
+    return losses(tmp_path / "unpacked")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"pack_len": 1024},
+        {"pack_len": 2048},
+        {"pack_len": "auto"},
+        {"pack_len": 2048, "share_prefix": False},
+        {"pack_len": 2048, "reference.precompute": False},
+        {"pack_len": 2048, "reference.cache_dir": None, "num_workers": 0},
+    ],
+    ids=str,
+)
+def test_packed_runs_follow_the_unpacked_one(tmp_path, pairs_file, unpacked, keys):
+    run_in_process(tmp_path / "packed", **keys_for(pairs_file, **keys))
+    packed = losses(tmp_path / "packed")
+    assert len(packed) == 6
+    assert packed == pytest.approx(unpacked, rel=1e-5)
+    assert packed[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(packed[-1] - math.log(2)) > 0.01
+    for key, value in eval_log(tmp_path / "unpacked")[-1].items():
+        if "per_second" not in key and "tokens_saved" not in key:
+            assert eval_log(tmp_path / "packed")[-1][key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+
+
+def test_the_papers_mode_takes_rows_not_examples(tmp_path, pairs_file, caplog):
+    logging.getLogger("prefix_sharing").propagate = True
+    keys = {"packing": "dataset", "pack_rows_per_step": 2, "pack_len": 1024, "global_batch_size": None}
+    with caplog.at_level("INFO", logger="prefix_sharing"):
+        recipe = run_in_process(tmp_path / "out", **keys_for(pairs_file, **keys))
+    assert any("2 rows a step" in message for message in caplog.messages)
+    assert recipe.plan.steps_per_epoch == -(-len(recipe.plan.rows_of_dataset) // 2)
+    assert len({len(step.examples) for step in recipe.plan.epoch(0)}) > 1
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "out"))
+
+
+def test_a_second_run_computes_no_reference(tmp_path, pairs_file, caplog):
+    logging.getLogger("prefix_sharing").propagate = True
+    run_in_process(tmp_path / "first", **keys_for(pairs_file))
+    caplog.clear()
+    with caplog.at_level("INFO", logger="prefix_sharing"):
+        # another loss, another order, other rows
+        keys = {"loss.beta": 0.5, "seed": 3, "pack_len": 1024, "share_prefix": False}
+        run_in_process(tmp_path / "second", **keys_for(pairs_file, **keys))
+    found = [message for message in caplog.messages if "reference log-probs of" in message]
+    assert [message.split(": ", 1)[1] for message in found] == [
+        "reference log-probs of 45 examples found, of 0 to be computed",
+        "reference log-probs of 8 examples found, of 0 to be computed",
+    ]
+    assert losses(tmp_path / "second")[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_ranked_responses_train_packed(tmp_path):
+    file = tmp_path / "ranked.jsonl"
+    with file.open("w") as lines:
+        for pair, other in zip(generate_pairs(24, seed=2), generate_pairs(24, seed=5), strict=True):
+            responses = [pair["chosen"], pair["rejected"], other["rejected"]][: 3 if len(pair["prompt"]) % 2 else 2]
+            lines.write(json.dumps({"prompt": pair["prompt"], "responses": responses}) + "\n")
+    keys = keys_for(str(file), pack_len=2048)
+    keys["dataset"].pairs = "all"
+    recipe = run_in_process(tmp_path / "packed", **keys)
+    run_in_process(tmp_path / "unpacked", **keys | {"dataset.packed": False, "batch_size": 1})
+    assert set(recipe.dataset.num_pairs) == {1, 3}
+    assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "unpacked"), rel=1e-5)
+    assert losses(tmp_path / "packed")[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"pack_len": 128},
+            r"dataset: row 31 of the split of .*pairs.jsonl makes 522 tokens and does not fit",
+        ),
+        ({"global_batch_size": None}, "dataset.packed: True with packing: step needs global_batch_size"),
+        ({"packing": "dataset"}, "dataset.packed: True with packing: dataset needs pack_rows_per_step"),
+        ({"packing": "rows"}, "packing must be step or dataset, but is rows"),
+        ({"pack_len": "longest"}, "pack_len must be auto or a number of tokens, but is longest"),
+        ({"global_batch_size": 99, "drop_last": True}, "dataset: 45 examples are not one step; drop_last: False"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_packed_is_an_error_at_start(tmp_path, pairs_file, keys, message):
+    with pytest.raises(UserError, match=message):
+        run_in_process(tmp_path / "out", **keys_for(pairs_file, **keys))
+    assert not (tmp_path / "out" / "logs").exists()
+
+
+@pytest.mark.slow
+def test_processes_share_rows_and_cache(tmp_path, pairs_file, unpacked):
+    keys = {
+        "max_steps_per_epoch": None,
+        "global_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "dataset_val.num_pairs": 8,
+        "optimizer.lr": 1e-2,
+        "lr_scheduler": None,
+        "model.max_seq_len": 1024,
+        "pack_len": 1024,
+    }
+    cfg = OmegaConf.load(find_config("quickstart/distributed"))
+    cfg.dataset = {"_component_": BUILDER, "source": "json", "data_files": pairs_file, "packed": True}
+    OmegaConf.save(cfg, tmp_path / "packed.yaml")
+    config = str(tmp_path / "packed.yaml")
+    two = run_distributed(tmp_path / "two", 2, config=config, base={}, **keys)
+    assert losses(two) == pytest.approx(unpacked, rel=1e-5)
+    assert losses(two)[0] == pytest.approx(math.log(2), abs=1e-6)
+    # Steps of 3 on four processes, the last of the 45 examples: some processes have nothing to do. A frozen reference.
+    few = {"global_batch_size": 3, "max_steps_per_epoch": 2, "reference.precompute": False}
+    four = run_distributed(tmp_path / "four", 4, config=config, base={}, **keys | few)
+    run_in_process(tmp_path / "alone", **keys_for(pairs_file, **few | {"pack_len": 1024}))
+    assert losses(four) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    assert training_log(four)[0]["tokens_saved"] > 0.3
