@@ -75,6 +75,17 @@ def test_filling_finds_what_fitting_misses():
     assert heuristics._fill(order, lengths.tolist(), 10, len(rows) - 1) is None
 
 
+@given(lengths_and_room, st.integers(0, 4), st.randoms(use_true_random=False))
+def test_evening_out_keeps_rows_valid_and_lowers_the_costliest(lengths_and_room, empty_rows, random):
+    lengths, pack_len = lengths_and_room
+    costs = lengths * np.array([random.uniform(0.5, 2) for _ in lengths])
+    rows = heuristics._best_fit(np.argsort(-lengths, kind="stable").tolist(), lengths.tolist(), pack_len)
+    evened = heuristics._even_out(rows, lengths, costs, pack_len, len(rows) + empty_rows)
+    check(evened, lengths, pack_len)
+    assert len(evened) <= len(rows) + empty_rows
+    assert max(costs[row].sum() for row in evened) <= max(costs[row].sum() for row in rows) + 1e-9
+
+
 @given(st.lists(st.floats(0.1, 10.0), min_size=1, max_size=40), st.integers(1, 6))
 def test_dealing_gives_every_rank_as_many_rows_of_like_cost(costs, world_size):
     dealt = deal([[i] for i in range(len(costs))], costs, world_size)

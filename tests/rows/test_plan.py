@@ -120,6 +120,11 @@ def test_ranks_without_examples_get_empty_rows():
     assert report.worst_imbalance == pytest.approx(1.5)
 
 
+def test_an_example_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="Example 1 has 9 tokens, more than pack_len 8"):
+        Plan(sizes=ExampleSizes(np.array([3, 9]), np.ones(2), np.ones(2)), pack_len=8, examples_per_step=2)
+
+
 def test_the_papers_mode_packs_the_whole_data_set_first():
     sizes = ExampleSizes(np.array([3, 2, 4, 1, 2]), np.ones(5), np.ones(5, dtype=int))
     plan = Plan(sizes=sizes, pack_len=4, rows_per_step=2)

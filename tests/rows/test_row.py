@@ -58,8 +58,8 @@ def test_bucket_lengths_are_few_and_pad_little(num_tokens):
     length = bucket_length(num_tokens)
     assert length % 128 == 0
     assert length >= max(num_tokens, 1)
-    assert length - num_tokens < max(129, num_tokens / 8 + 1)
+    assert length - num_tokens < max(129, num_tokens / 16 + 1)
 
 
 def test_number_of_buckets_is_bounded():
-    assert len({bucket_length(n) for n in range(1, 65_537)}) == 16 + 5 * 8
+    assert len({bucket_length(n) for n in range(1, 65_537)}) == 32 + 4 * 16

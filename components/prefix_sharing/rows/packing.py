@@ -9,7 +9,8 @@ the fewest that the lower bound allows and tries, in this order,
 3. *fill*: one row after the other, each with the longest example left and, of the others, those that fill it best
    (a subset sum; the minimum bin slack heuristic of Gupta and Ho, 1999).
 
-Only if none of them fits does it take one row a rank more.
+Only if none of them fits does it take one row a rank more. Where rows did not come out equally costly, examples are
+then exchanged between the costliest row and the cheapest ones for as long as that evens them out.
 """
 
 import heapq
@@ -25,6 +26,12 @@ _EXAMPLES_TO_FILL_WITH = 256
 
 _MOST_EXAMPLES_TO_FILL = 8192
 """Examples beyond which ``_fill`` takes longer than the rows it saves are worth."""
+
+_EVEN_ENOUGH = 1.01
+"""The costliest row over the mean at which ``_even_out`` stops."""
+
+_ROWS_TO_EXCHANGE_WITH = 8
+"""Cheapest rows that ``_even_out`` looks at before it gives up."""
 
 Rows = list[list[int]]
 """The examples of each row."""
@@ -50,16 +57,16 @@ def pack(lengths: np.ndarray, costs: np.ndarray, pack_len: int, world_size: int 
     while True:
         most_rows = rows_per_rank * world_size
         rows = _spread(by_cost, length_list, cost_list, pack_len, most_rows)
-        rows = rows or _spread(by_length, length_list, length_list, pack_len, most_rows)
         if rows:
             return rows
-        best_fit = best_fit or _best_fit(by_length, length_list, pack_len)
-        if len(best_fit) <= most_rows:
-            return best_fit
-        if len(by_length) <= _MOST_EXAMPLES_TO_FILL:
+        rows = _spread(by_length, length_list, length_list, pack_len, most_rows)
+        if not rows:
+            best_fit = best_fit or _best_fit(by_length, length_list, pack_len)
+            rows = best_fit if len(best_fit) <= most_rows else None
+        if not rows and len(by_length) <= _MOST_EXAMPLES_TO_FILL:
             rows = _fill(by_length, length_list, pack_len, most_rows)
-            if rows is not None:
-                return rows
+        if rows:
+            return rows if world_size == 1 else _even_out(rows, lengths, costs, pack_len, most_rows)
         rows_per_rank += 1
 
 
@@ -215,3 +222,33 @@ def _fill(order: list[int], lengths: list[int], pack_len: int, num_rows: int) ->
         taken = set(row)
         left = [i for i in left if i not in taken]
     return rows
+
+
+def _even_out(rows: Rows, lengths: np.ndarray, costs: np.ndarray, pack_len: int, num_rows: int) -> Rows:
+    rows = [*rows, *([] for _ in range(num_rows - len(rows)))]
+    cost = np.array([costs[row].sum() for row in rows])
+    room = np.array([pack_len - lengths[row].sum() for row in rows])
+    # An example of no length and no cost: exchanging it for another one moves that one.
+    lengths, costs, nothing = np.append(lengths, 0), np.append(costs, 0.0), len(lengths)
+    for _ in range(4 * num_rows):
+        costliest = int(cost.argmax())
+        if cost[costliest] <= _EVEN_ENOUGH * cost.mean():
+            break
+        for other in np.argsort(cost)[:_ROWS_TO_EXCHANGE_WITH].tolist():
+            gap = cost[costliest] - cost[other]
+            ours, theirs = np.array(rows[costliest]), np.array([*rows[other], nothing])
+            saved = costs[ours][:, None] - costs[theirs]
+            longer = lengths[ours][:, None] - lengths[theirs]
+            allowed = (saved > 0) & (saved < gap) & (longer <= room[other]) & (-longer <= room[costliest])
+            if allowed.any():
+                i, j = np.unravel_index(np.where(allowed, np.abs(saved - gap / 2), np.inf).argmin(), saved.shape)
+                break
+        else:
+            break
+        rows[costliest] = [k for k in [*rows[costliest], int(theirs[j])] if k not in (ours[i], nothing)]
+        rows[other] = [k for k in [*rows[other], int(ours[i])] if k != theirs[j]]
+        cost[costliest] -= saved[i, j]
+        cost[other] += saved[i, j]
+        room[costliest] += longer[i, j]
+        room[other] -= longer[i, j]
+    return [row for row in rows if row]

@@ -75,6 +75,9 @@ class Plan:
         max_steps (int | None): most steps an epoch. Default: None.
         rank (int): this process. Default: 0.
         world_size (int): processes. Default: 1.
+
+    Raises:
+        ValueError: if an example is longer than ``pack_len``.
     """
 
     sizes: ExampleSizes
@@ -89,6 +92,12 @@ class Plan:
     max_steps: int | None = None
     rank: int = 0
     world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.pack_len is not None and self.sizes.num_tokens.max() > self.pack_len:
+            longest = int(self.sizes.num_tokens.argmax())
+            num_tokens = self.sizes.num_tokens[longest]
+            raise ValueError(f"Example {longest} has {num_tokens:,} tokens, more than pack_len {self.pack_len:,}.")
 
     @property
     def steps_per_epoch(self) -> int:

@@ -163,8 +163,8 @@ class Row:
 def bucket_length(num_tokens: int, multiple: int = 128) -> int:
     """Rounds a row length up so that compiled attention sees few shapes.
 
-    Up to ``16 * multiple`` tokens every multiple is a bucket; beyond, there are eight buckets to a doubling, so that
-    padding stays below an eighth.
+    Up to ``32 * multiple`` tokens every multiple is a bucket; beyond, there are sixteen buckets to a doubling, so that
+    padding stays below a sixteenth.
 
     Args:
         num_tokens (int): tokens in the row.
@@ -174,6 +174,6 @@ def bucket_length(num_tokens: int, multiple: int = 128) -> int:
         int: the row length.
     """
     step = multiple
-    while num_tokens > 16 * step:
+    while num_tokens > 32 * step:
         step *= 2
     return max(1, -(-num_tokens // step)) * step
