@@ -187,10 +187,11 @@ class PrefixDPORecipeDistributed:
                     if is_rank_zero():
                         self.metric_logger.log_dict(values, step=self.global_step)
                     progress.set_postfix(loss=f"{values['loss']:.4f}", accuracy=f"{values['rewards/accuracies']:.2f}")
+                    metrics = StepMetrics(self.device)
                 if cfg.run_val_every_n_steps is not None and self.global_step % cfg.run_val_every_n_steps == 0:
-                    after = self.evaluate()
+                    with metrics.paused():
+                        after = self.evaluate()
                 self.profiler.step()
-                metrics = StepMetrics(self.device)
             progress.close()
             self.epochs_run += 1
             save_checkpoint(self.checkpointer, self.model, self.optimizer, self.lr_scheduler, epoch=epoch, cfg=cfg)

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import inspect
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +83,21 @@ def explained(what: str) -> Iterator[None]:
     except Exception as error:
         log.debug("%s", what, exc_info=True)
         raise UserError(f"{what}: {one_line(error)}.") from error
+
+
+def source_of(component: Any) -> str | None:
+    """The source of a function or class, which tells two versions of it apart; None where there is none.
+
+    Args:
+        component (Any): a function, a class, or None.
+
+    Returns:
+        str | None: its text, without that of what it calls.
+    """
+    try:
+        return inspect.getsource(component)
+    except (OSError, TypeError):
+        return None
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -1,8 +1,12 @@
 """The data set builder: labels as torchtune's, truncation, drops counted by reason, errors that name the row."""
 
 import gzip
+import importlib
 import json
+import linecache
 import os
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -314,3 +318,18 @@ def test_bad_input_is_one_sentence(write, tmp_path, content, kwargs, message):
     with pytest.raises(UserError, match=message) as caught:
         build(file, **kwargs)
     assert "\n" not in str(caught.value)
+
+
+def test_a_changed_filter_is_not_mistaken_for_the_old_one(write, tmp_path, monkeypatch):
+    file = write([pair("q", "good", "bad"), pair("p", "fine", "poor")])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = tmp_path / "my_filters.py"
+    lengths = []
+    for question in ("q", "x"):
+        module.write_text(f"def keep(row):\n    return row['prompt'] == '{question}' or row['prompt'] == 'p'\n")
+        monkeypatch.delitem(sys.modules, "my_filters", raising=False)
+        linecache.clearcache()
+        importlib.invalidate_caches()
+        lengths.append(len(build(file, filter_fn="my_filters.keep")))
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    assert lengths == [2, 1]

@@ -64,6 +64,15 @@ def test_ties_and_repeated_responses_are_no_pairs():
     assert pairs_with_a_preference("aba", None, "all") == [(0, 1), (1, 2)]
 
 
+def test_a_response_in_no_pair_is_not_computed(tmp_path):
+    dataset = build(tmp_path, [{"prompt": "q", "responses": list("abcd")}], pairs="best_vs_worst")
+    assert dataset.num_responses_of.tolist() == [2]
+    assert dataset.pairs(0).tolist() == [[0, 1]]
+    texts = [tokenizer().decode(response.tokens.tolist()) for response in dataset[0]]
+    assert texts[0].endswith("a")
+    assert texts[1].endswith("d")
+
+
 def test_a_row_without_a_preference_is_dropped_and_counted(tmp_path):
     rows = [
         {"prompt": "q", "responses": ["a", "b"], "scores": [1.0, 1.0]},

@@ -115,6 +115,7 @@ def test_ranked_responses_train_packed(tmp_path):
         ),
         ({"global_batch_size": None}, "dataset.packed: True with packing: step needs global_batch_size"),
         ({"packing": "dataset"}, "dataset.packed: True with packing: dataset needs pack_rows_per_step"),
+        ({"packing": "dataset", "dataset.packed": False}, "packing: dataset needs"),
         ({"packing": "rows"}, "packing must be step or dataset, but is rows"),
         ({"pack_len": "longest"}, "pack_len must be auto or a number of tokens, but is longest"),
         ({"global_batch_size": 99, "drop_last": True}, "dataset: 45 examples are not one step; drop_last: False"),

@@ -18,6 +18,7 @@ from prefix_sharing.datasets import StepLoader, preference_dataset_from_rows
 from prefix_sharing.errors import UserError
 from prefix_sharing.model import to_tree_model
 from prefix_sharing.quickstart import preference_pairs, tokenizer
+from prefix_sharing.reference import cache as cache_command
 from prefix_sharing.reference import log_probs as module
 from prefix_sharing.reference.cache import ReferenceCache, describe_cache, fingerprint_reference
 from prefix_sharing.reference.log_probs import reference_log_probs
@@ -132,7 +133,7 @@ def test_the_reference_is_known_by_content(models):
     model = {"_component_": "torchtune.models.llama3.llama3", **DIMS}
 
     def name(weights, model=model, dtype="fp32"):
-        return fingerprint_reference(weights, model, dtype)
+        return fingerprint_reference(weights, {"model": model, "dtype": dtype})
 
     weights = plain.state_dict()
     assert name(weights) == name(dict(reversed(weights.items()))) == name(tree.state_dict())
@@ -192,8 +193,6 @@ def test_examples_with_fewer_responses_keep_their_own_number(cache):
 
 
 def test_the_command_lists_and_clears(dataset, models, cache, capsys, monkeypatch):
-    from prefix_sharing.reference import cache as command
-
     compute(models[1], dataset, cache)
     cache_dir = str(cache.directory.parent)
     (line,) = describe_cache(cache_dir)
@@ -202,7 +201,7 @@ def test_the_command_lists_and_clears(dataset, models, cache, capsys, monkeypatc
 
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["cache", "--cache_dir", cache_dir, *arguments])
-        command.main()
+        cache_command.main()
         return capsys.readouterr().out
 
     assert run() == f"{line}\n"
@@ -210,10 +209,30 @@ def test_the_command_lists_and_clears(dataset, models, cache, capsys, monkeypatc
     assert run() == f"{cache_dir} holds nothing.\n"
 
 
+def test_a_damaged_file_keeps_nobody_from_clearing_the_cache(dataset, models, cache, capsys, monkeypatch):
+    compute(models[1], dataset, cache)
+    (file,) = cache.directory.glob("*.parquet")
+    file.write_bytes(file.read_bytes()[:40])
+    cache_dir = str(cache.directory.parent)
+    assert [line.split()[1] for line in describe_cache(cache_dir)] == ["0"]
+    monkeypatch.setattr("sys.argv", ["cache", "--cache_dir", cache_dir, "--clear"])
+    cache_command.main()
+    assert not cache.directory.exists()
+
+
+def test_a_pass_goes_on_when_the_cache_is_full(dataset, models, cache, monkeypatch, caplog):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    logging.getLogger("prefix_sharing").propagate = True
+    monkeypatch.setattr(cache, "add", full)
+    assert not compute(models[1], dataset, cache).isnan().any()
+    assert "cannot be written (No space left on device); the run goes on" in caplog.text
+
+
 def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_key(tmp_path):
     (tmp_path / "file").write_text("")
-    cfg = OmegaConf.create(
-        {"model": {"_component_": "m"}, "dtype": "fp32", "reference": {"cache_dir": str(tmp_path / "file")}}
-    )
+    model = {"_component_": "torchtune.models.llama3.llama3"}
+    cfg = OmegaConf.create({"model": model, "dtype": "fp32", "reference": {"cache_dir": str(tmp_path / "file")}})
     with pytest.raises(UserError, match="reference.cache_dir: .*file cannot be written: Not a directory"):
         module.open_reference_cache(cfg, {"model": {}})

@@ -16,8 +16,10 @@ from prefix_sharing.rows import Row
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
     # Every row length is a shape of its own, and past the limit dynamo falls back to the eager operator, which builds
-    # all scores. Rows come in few lengths (prefix_sharing.rows.bucket_length), but more than the default limit of 8.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    # all scores. Rows come in few lengths (prefix_sharing.rows.bucket_length), each with and without gradients, but in
+    # more than the default limit of 8.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -17,6 +17,7 @@ from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 import datasets
 import prefix_sharing
+from prefix_sharing.config import source_of
 from prefix_sharing.datasets.conversations import (
     Format,
     RowError,
@@ -155,7 +156,7 @@ def prefix_preference_dataset(
 
     The rows may be in any form of ``prefix_sharing.datasets.conversations``; which one is recognised from the columns
     and the first rows. They are tokenized in parallel, once: ``datasets`` caches the result under a fingerprint of the
-    rows, the tokenizer and every argument here.
+    rows, the tokenizer and every argument here, the source of ``filter_fn`` included.
 
     Rows without a preference to learn are dropped, counted by reason, and the counts logged: identical responses, tied
     scores, a response with nothing scored or no text.
@@ -298,7 +299,16 @@ def preference_dataset_from_rows(
         tokenizer.max_seq_len = None
 
     tokenize = _TokenizeRow(
-        tokenizer, format, columns, masking_strategy, new_system_prompt, max_seq_len, truncation, filter_fn, pairs
+        tokenizer,
+        format,
+        columns,
+        masking_strategy,
+        new_system_prompt,
+        max_seq_len,
+        truncation,
+        filter_fn,
+        source_of(filter_fn),
+        pairs,
     )
     num_processes = min(os.cpu_count() or 1, len(rows) // _ROWS_PER_PROCESS)
     try:
@@ -341,6 +351,7 @@ class _TokenizeRow:
     max_seq_len: int | None
     truncation: Truncation
     filter_fn: Callable[[dict], bool] | None
+    filter_source: str | None  # a function is hashed by its name alone
     pairs: PairStrategy
     version: str = prefix_sharing.__version__
 
@@ -370,6 +381,10 @@ class _TokenizeRow:
         pairs = pairs_with_a_preference(tokens, scores_best_first(row, self.format, self.columns), self.pairs)
         if len(tokens) > 1 and not pairs:
             return dropped_example("tied scores" if any(ids != tokens[0] for ids in tokens) else "identical responses")
+        if pairs:  # what is in no pair need not be computed
+            used = sorted({k for pair in pairs for k in pair})
+            tokens, scored = [tokens[k] for k in used], [scored[k] for k in used]
+            pairs = [(used.index(chosen), used.index(rejected)) for chosen, rejected in pairs]
         prompts = [turns[:-1] for turns in conversations]
         prompt = fingerprint(prompts[0]) if all(p == prompts[0] for p in prompts) else ""
         return tokenized_example(tokens, scored, pairs, prompt)

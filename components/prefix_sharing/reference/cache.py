@@ -44,18 +44,18 @@ def default_cache_dir() -> str:
     return str(Path(datasets.config.HF_DATASETS_CACHE).parent / "prefix_sharing_reference")
 
 
-def fingerprint_reference(weights: Mapping[str, torch.Tensor], model: Mapping[str, Any], dtype: str) -> str:
+def fingerprint_reference(weights: Mapping[str, torch.Tensor], computation: Mapping[str, Any]) -> str:
     """A short name for everything about a reference that decides its log-probs of given tokens.
 
     Args:
         weights (Mapping[str, torch.Tensor]): its state dict, on the CPU.
-        model (Mapping[str, Any]): the component that builds it and its arguments.
-        dtype (str): the precision of the computation.
+        computation (Mapping[str, Any]): what is computed with them: the component that builds the model, its arguments
+            and source, the precision, versions.
 
     Returns:
         str: 32 hexadecimal digits.
     """
-    digest = xxhash.xxh3_128(json.dumps([dict(model), dtype], sort_keys=True, default=str).encode())
+    digest = xxhash.xxh3_128(json.dumps(dict(computation), sort_keys=True, default=str).encode())
     for name in sorted(weights):
         tensor = weights[name].detach().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -75,6 +75,7 @@ class ReferenceCache:
     def __init__(self, cache_dir: str, reference: str, about: Mapping[str, Any]) -> None:
         self.directory = Path(cache_dir) / reference
         self.directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=self.directory).close()  # better now than at the end of a long pass
         if not (self.directory / _ABOUT).exists():
             _write(self.directory / _ABOUT, json.dumps(dict(about), indent=2, default=str).encode())
 
@@ -89,17 +90,15 @@ class ReferenceCache:
             np.ndarray: shape ``[N, K]``, fp32; NaN where an example is not known, 0 beyond its responses.
         """
         log_probs = np.full((len(ids), num_responses), np.nan, dtype=np.float32)
-        for file in sorted(self.directory.glob("*.parquet")):
-            table = _read(file)
-            if table is None:
-                continue
-            places = pc.index_in(ids, table.column("id").combine_chunks())
-            known = np.flatnonzero(places.is_valid().to_numpy(zero_copy_only=False))
-            values = table.column("log_probs").combine_chunks().take(places.drop_null())
-            lengths = values.value_lengths().to_numpy()
-            log_probs[known] = 0.0
-            responses = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            log_probs[np.repeat(known, lengths), responses] = values.flatten().to_numpy()
+        tables = [_read(file) for file in sorted(self.directory.glob("*.parquet"))]
+        table = pa.concat_tables([_SCHEMA.empty_table(), *(table for table in tables if table is not None)])
+        places = pc.index_in(ids, table.column("id").combine_chunks())
+        known = np.flatnonzero(places.is_valid().to_numpy(zero_copy_only=False))
+        values = table.column("log_probs").combine_chunks().take(places.drop_null())
+        lengths = values.value_lengths().to_numpy()
+        log_probs[known] = 0.0
+        responses = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        log_probs[np.repeat(known, lengths), responses] = values.flatten().to_numpy()
         return log_probs
 
     def add(self, ids: pa.Array, log_probs: np.ndarray, num_responses: np.ndarray) -> None:
@@ -119,8 +118,12 @@ class ReferenceCache:
 
 
 def _read(file: Path) -> pa.Table | None:
-    """A file's table; None if it is damaged, which is said, and the file is put aside."""
-    content = file.read_bytes()
+    """A file's table; None if it cannot be used, which is said; one that is damaged is put aside."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        log.warning("%s cannot be read (%s); the reference log-probs in it are computed again.", file, error.strerror)
+        return None
     if xxhash.xxh3_128_hexdigest(content) == file.stem:
         table = pq.read_table(pa.BufferReader(content))
         if table.schema.equals(_SCHEMA):
@@ -136,6 +139,9 @@ def _write(file: Path, content: bytes) -> None:
         partial.write(content)
         partial.flush()
         os.fsync(partial.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(partial.name, 0o666 & ~umask)  # as any other file, so that others may share the cache
     os.replace(partial.name, file)
 
 
@@ -148,13 +154,18 @@ def describe_cache(cache_dir: str) -> Iterator[str]:
     Yields:
         str: its fingerprint, what it is, how many examples it holds, and its size.
     """
-    for directory in sorted(path.parent for path in Path(cache_dir).glob(f"*/{_ABOUT}")):
+    for directory in _references(cache_dir):
         files = list(directory.glob("*.parquet"))
-        num_examples = sum(pq.read_metadata(file).num_rows for file in files)
+        num_examples = sum(table.num_rows for table in map(_read, files) if table is not None)
+        files = [file for file in files if file.exists()]
         megabytes = sum(file.stat().st_size for file in files) / 1e6
         about = json.loads((directory / _ABOUT).read_text())
         described = ", ".join(f"{key} {value}" for key, value in about.items())
         yield f"{directory.name}  {num_examples:,} examples  {megabytes:.1f} MB  {described}"
+
+
+def _references(cache_dir: str) -> list[Path]:
+    return sorted(path.parent for path in Path(cache_dir).glob(f"*/{_ABOUT}"))
 
 
 def main() -> None:
@@ -165,11 +176,10 @@ def main() -> None:
         "--clear", nargs="*", metavar="FINGERPRINT", help="remove these references, or all if none is named"
     )
     options = parser.parse_args()
-    lines = list(describe_cache(options.cache_dir))
+    there_are = [directory.name for directory in _references(options.cache_dir)]
     if options.clear is None:
-        print("\n".join(lines) if lines else f"{options.cache_dir} holds nothing.")
+        print("\n".join(describe_cache(options.cache_dir)) if there_are else f"{options.cache_dir} holds nothing.")
         return
-    there_are = [line.split()[0] for line in lines]
     for name in options.clear or there_are:
         if name not in there_are:
             parser.error(f"{options.cache_dir} holds no reference {name}")

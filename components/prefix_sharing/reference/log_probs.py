@@ -9,6 +9,8 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import training
 from tqdm import tqdm
 
+import prefix_sharing
+from prefix_sharing.config import source_of
 from prefix_sharing.datasets import PrefixPreferenceDataset, StepLoader
 from prefix_sharing.errors import UserError
 from prefix_sharing.model import ResponseLogProbs, TreeTransformerDecoder
@@ -119,8 +123,13 @@ def open_reference_cache(cfg: DictConfig, checkpoint: Mapping[str, Any]) -> Refe
     """
     if cfg.reference.cache_dir is None or not is_rank_zero():
         return None
-    model = OmegaConf.to_container(cfg.model, resolve=True)
-    reference = fingerprint_reference(checkpoint[training.MODEL_KEY], model, cfg.dtype)
+    computation = {
+        "model": OmegaConf.to_container(cfg.model, resolve=True),
+        "source": source_of(resolve_name(cfg.model._component_)),
+        "dtype": cfg.dtype,
+        "versions": [prefix_sharing.__version__, version("torchtune")],
+    }
+    reference = fingerprint_reference(checkpoint[training.MODEL_KEY], computation)
     about = {"model": cfg.model._component_, "dtype": cfg.dtype, "made": time.strftime("%Y-%m-%d %H:%M")}
     try:
         cache = ReferenceCache(cfg.reference.cache_dir, reference, about)
@@ -188,7 +197,10 @@ def reference_log_probs(
         is_last = i + 1 == len(steps)
         if cache is not None and (is_last or time.monotonic() - last_write > SECONDS_BETWEEN_FILES):
             done = np.concatenate([steps.examples(j) for j in range(written, i + 1)])
-            cache.add(dataset.ids.take(done), log_probs[done].cpu().numpy(), dataset.num_responses_of[done])
+            try:
+                cache.add(dataset.ids.take(done), log_probs[done].cpu().numpy(), dataset.num_responses_of[done])
+            except OSError as error:  # a full disk must not cost the pass
+                log.warning("%s cannot be written (%s); the run goes on.", cache.directory, error.strerror)
             written, last_write = i + 1, time.monotonic()
     return KnownReference(log_probs)
 

@@ -234,7 +234,7 @@ def _even_out(rows: Rows, lengths: np.ndarray, costs: np.ndarray, pack_len: int,
         costliest = int(cost.argmax())
         if cost[costliest] <= _EVEN_ENOUGH * cost.mean():
             break
-        for other in np.argsort(cost)[:_ROWS_TO_EXCHANGE_WITH].tolist():
+        for other in np.argsort(cost, kind="stable")[:_ROWS_TO_EXCHANGE_WITH].tolist():
             gap = cost[costliest] - cost[other]
             ours, theirs = np.array(rows[costliest]), np.array([*rows[other], nothing])
             saved = costs[ours][:, None] - costs[theirs]

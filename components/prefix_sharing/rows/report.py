@@ -23,7 +23,8 @@ class PlanReport:
         mean_imbalance (float): time of a step over what it would be if all ranks were equally busy at every forward
             pass, by cost, the mean over the steps.
         worst_imbalance (float): the same of the worst step.
-        row_lengths (tuple[int, ...]): the distinct row lengths.
+        row_lengths (tuple[int, ...]): the distinct row lengths, where they are rounded for attention that is compiled
+            for each; else none.
     """
 
     num_steps: int
@@ -36,11 +37,14 @@ class PlanReport:
     row_lengths: tuple[int, ...]
 
     def __str__(self) -> str:
-        shapes = f"{len(self.row_lengths)} row lengths, {self.row_lengths[0]:,} to {self.row_lengths[-1]:,} tokens"
+        shapes = ""
+        if self.row_lengths:
+            shortest, longest = self.row_lengths[0], self.row_lengths[-1]
+            shapes = f", {len(self.row_lengths)} row lengths for compiled attention, {shortest:,} to {longest:,} tokens"
         return (
             f"{self.num_rows:,} rows an epoch (no packing takes fewer than {self.least_rows:,}) and "
             f"{self.num_empty_rows:,} empty ones, fill {self.fill:.3f}, "
-            f"cost imbalance between ranks {self.mean_imbalance:.3f} (worst step {self.worst_imbalance:.3f}), {shapes}"
+            f"cost imbalance between ranks {self.mean_imbalance:.3f} (worst step {self.worst_imbalance:.3f}){shapes}"
         )
 
 
@@ -85,5 +89,5 @@ def report_plan(plan: Plan, round_length: Callable[[int], int] | None = None, ep
         fill=num_tokens / num_computed,
         mean_imbalance=float(np.mean(imbalances)),
         worst_imbalance=float(np.max(imbalances)),
-        row_lengths=tuple(sorted(lengths_seen)),
+        row_lengths=() if round_length is None else tuple(sorted(lengths_seen)),
     )

@@ -113,7 +113,7 @@ def save_checkpoint(
 
 def load_training_state(
     checkpoint: dict[str, Any], model: nn.Module, optimizer: Optimizer, lr_scheduler: LRScheduler | None
-) -> int:
+) -> None:
     """Puts optimizer and schedule back to where ``save_checkpoint`` left them.
 
     Args:
@@ -121,14 +121,10 @@ def load_training_state(
         model (nn.Module): the model.
         optimizer (Optimizer): its optimizer.
         lr_scheduler (LRScheduler | None): its schedule.
-
-    Returns:
-        int: epochs done.
     """
     set_optimizer_state_dict(model, optimizer, checkpoint[training.OPT_KEY], options=_options())
     if lr_scheduler is not None and checkpoint[LR_SCHEDULER_KEY] is not None:
         lr_scheduler.load_state_dict(checkpoint[LR_SCHEDULER_KEY])
-    return checkpoint[training.EPOCHS_KEY]
 
 
 def _options() -> StateDictOptions:

@@ -84,8 +84,8 @@ class TrainingConfig:
         seed (int | None): decides data order and everything random. Default: None, drawn and logged.
         epochs (int): passes over the data.
         max_steps_per_epoch (int | None): most optimizer steps an epoch.
-        batch_size (int): examples a row, that is, a forward pass.
-        gradient_accumulation_steps (int): rows an optimizer step, on each rank.
+        batch_size (int): examples a row, that is, a forward pass, where rows are not packed.
+        gradient_accumulation_steps (int): rows an optimizer step, on each rank, unless ``global_batch_size`` is given.
         shuffle (bool): whether to shuffle each epoch.
         global_batch_size (int | None): examples an optimizer step takes over all ranks; needed with
             ``dataset.packed: True``. Default: None, ``batch_size`` times ``gradient_accumulation_steps`` times ranks.
@@ -281,10 +281,6 @@ def _check_packing(cfg: DictConfig) -> None:
         raise UserError(f"Config: packing must be step or dataset, but is {cfg.packing}.")
     if cfg.pack_len != "auto" and not (type(cfg.pack_len) is int and cfg.pack_len >= 1):
         raise UserError(f"Config: pack_len must be auto or a number of tokens, but is {cfg.pack_len}.")
-    packed = OmegaConf.is_dict(cfg.dataset) and cfg.dataset.get("packed", False)
-    needed = "pack_rows_per_step" if cfg.packing == "dataset" else "global_batch_size"
-    if packed and cfg[needed] is None:
-        raise UserError(f"Config: dataset.packed: True with packing: {cfg.packing} needs {needed}.")
 
 
 def _check_component(key: str, node: Any) -> None:

@@ -6,6 +6,7 @@ Every function here is a matter of course with one process, so that both recipes
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torchtune import training
 
 from prefix_sharing.errors import UserError
 from prefix_sharing.model import TreeTransformerDecoder
+
+_TIMEOUT = timedelta(hours=3)
+"""How long ranks wait for one another: while one tokenizes a data set the others do."""
 
 
 def init_process_group(device: torch.device) -> None:
@@ -33,7 +37,8 @@ def init_process_group(device: torch.device) -> None:
             "prefix_dpo_distributed needs a launcher: tune run --nproc_per_node N prefix_dpo_distributed ..."
         )
     # The CPU's backend serves parameters that are offloaded to the CPU.
-    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=_TIMEOUT)
 
 
 def is_rank_zero() -> bool:

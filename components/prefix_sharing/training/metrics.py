@@ -1,8 +1,10 @@
-"""Metrics of a step, summed over its rows and over all ranks, under torchtune's names."""
+"""Metrics of the steps since the last entry of the log, over their rows and all ranks, under torchtune's names."""
 
+import contextlib
 import resource
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -24,7 +26,7 @@ _PER_PAIR = (
 
 
 class StepMetrics:
-    """Sums what the rows of a step contribute; nothing waits for the device before ``compute``.
+    """Sums what the rows of one or more steps contribute; nothing waits for the device before ``compute``.
 
     ``rewards/accuracies`` is the share of pairs whose chosen response has the higher reward; a tie counts half, so that
     a policy that still equals its reference scores what a coin would.
@@ -58,6 +60,13 @@ class StepMetrics:
         self._num_examples += len(row.examples)
         self._num_tokens += row.num_tokens
         self._paired_tokens += row.paired_tokens
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time that the body takes out of the throughput."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
 
     def compute(self) -> dict[str, float]:
         """The metrics over all ranks: a collective, so every rank has to call it.

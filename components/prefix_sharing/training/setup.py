@@ -111,7 +111,10 @@ def build_dataset(key: str, cfg: DictConfig, tokenizer: Any, model: TreeTransfor
     if cfg[key] is None:
         return None
     with rank_zero_first():
-        dataset = instantiate(key, cfg[key], tokenizer)
+        try:
+            dataset = instantiate(key, cfg[key], tokenizer)
+        except UserError as error:  # the builder does not know for which key it works
+            raise UserError(f"{key}{str(error).removeprefix('dataset')}" if key != "dataset" else str(error)) from error
     if not isinstance(dataset, PrefixPreferenceDataset):
         raise UserError(
             f"Config: {key}: {cfg[key]._component_} makes a {type(dataset).__name__}; use "
@@ -131,7 +134,7 @@ def build_dataset(key: str, cfg: DictConfig, tokenizer: Any, model: TreeTransfor
     if dataset.num_pairs.min() == 0:
         raise UserError(
             f"{key}: {type(loss).__name__} compares pairs, but {int((dataset.num_pairs == 0).sum()):,} of "
-            f"{len(dataset):,} examples have one response only."
+            f"{len(dataset):,} examples have one response only; leave them out with filter_fn."
         )
     return dataset
 
@@ -170,7 +173,12 @@ def build_plan(cfg: DictConfig, dataset: PrefixPreferenceDataset, model: TreeTra
         UserError: if an example does not fit into a row.
     """
     rank, world_size = rank_and_world_size()
-    by_rows = dataset.packed and cfg.packing == "dataset"
+    by_rows = cfg.packing == "dataset"
+    needed = "pack_rows_per_step" if by_rows else "global_batch_size"
+    if dataset.packed and cfg[needed] is None:
+        raise UserError(f"Config: dataset.packed: True with packing: {cfg.packing} needs {needed}.")
+    if by_rows and not dataset.packed:
+        raise UserError("Config: packing: dataset needs dataset.packed: True.")
     plan = Plan(
         sizes=_example_sizes(cfg, dataset, model),
         examples_per_step=None if by_rows else _examples_per_step(cfg, world_size),
@@ -258,7 +266,7 @@ def _pack_len(cfg: DictConfig, dataset: PrefixPreferenceDataset, key: str) -> in
         raise UserError(
             f"{key}: row {dataset.source_rows[longest]} of the split of {dataset.name} makes {num_tokens[longest]:,} "
             f"tokens and does not fit into a row of pack_len {cfg.pack_len:,}; raise pack_len (auto fits the longest), "
-            f"or lower {key}.max_seq_len."
+            f"lower {key}.max_seq_len, or leave out group_by_prompt."
         )
     return cfg.pack_len
 
