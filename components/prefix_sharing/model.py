@@ -52,26 +52,53 @@ class TreeAttention(MultiHeadAttention):
         *,
         mask: TreeMask,
         input_pos: torch.Tensor,
+        query_pos: torch.Tensor,
     ) -> torch.Tensor:
         """Self-attention over one row.
 
         Args:
-            x (torch.Tensor): hidden states, shape ``[1, s, dim]``.
-            y (torch.Tensor): the same, as torchtune's layers pass it.
+            x (torch.Tensor): hidden states of the queries, shape ``[1, q, dim]``.
+            y (torch.Tensor): hidden states of the row, shape ``[1, s, dim]``.
             mask (TreeMask): the row's mask.
-            input_pos (torch.Tensor): positions, shape ``[1, s]``.
+            input_pos (torch.Tensor): positions of the row, shape ``[1, s]``.
+            query_pos (torch.Tensor): positions of the queries, shape ``[1, q]``.
 
         Returns:
-            torch.Tensor: shape ``[1, s, dim]``.
+            torch.Tensor: shape ``[1, q, dim]``.
         """
-        batch, length, _ = x.shape
-        q = self.q_proj(x).view(batch, length, self.num_heads, self.head_dim)
-        k = self.k_proj(y).view(batch, length, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(y).view(batch, length, self.num_kv_heads, self.head_dim)
-        q = self.pos_embeddings(q, input_pos=input_pos).transpose(1, 2)
+        q = self.q_proj(x).view(1, -1, self.num_heads, self.head_dim)
+        k = self.k_proj(y).view(1, -1, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(y).view(1, -1, self.num_kv_heads, self.head_dim)
+        q = self.pos_embeddings(q, input_pos=query_pos).transpose(1, 2)
         k = self.pos_embeddings(k, input_pos=input_pos).transpose(1, 2)
         output = _attend(mask, q, k, v.transpose(1, 2))
-        return self.output_proj(output.transpose(1, 2).reshape(batch, length, -1))
+        return self.output_proj(output.transpose(1, 2).flatten(2))
+
+
+class TreeTransformerLayer(TransformerSelfAttentionLayer):
+    """torchtune's layer, which may compute its output at some rows only."""
+
+    def forward(
+        self, x: torch.Tensor, *, mask: TreeMask, input_pos: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attention and MLP, with residuals.
+
+        Args:
+            x (torch.Tensor): hidden states, shape ``[1, s, dim]``.
+            mask (TreeMask): the row's mask, for queries at ``rows``.
+            input_pos (torch.Tensor): positions, shape ``[1, s]``.
+            rows (torch.Tensor | None): where the output is needed, shape ``[p]``; the others are keys and values only.
+                Default: None, everywhere.
+
+        Returns:
+            torch.Tensor: shape ``[1, s, dim]`` or ``[1, p, dim]``.
+        """
+        keys = queries = self.sa_norm(x)
+        query_pos = input_pos
+        if rows is not None:
+            queries, x, query_pos = (t.index_select(1, rows) for t in (keys, x, input_pos))
+        x = x + self.attn(queries, keys, mask=mask, input_pos=input_pos, query_pos=query_pos)
+        return x + self.mlp(self.mlp_norm(x))
 
 
 @torch.compiler.disable(recursive=False)
@@ -86,7 +113,7 @@ class TreeTransformerDecoder(TransformerDecoder):
     attention_backend: AttentionBackend
 
     def forward(self, row: Row) -> ResponseLogProbs:
-        """Computes every shared prefix once and projects only what is scored.
+        """Computes every shared prefix once and, past the last layer's keys and values, only what predicts a token.
 
         Args:
             row (Row): the row, on the model's device.
@@ -94,11 +121,15 @@ class TreeTransformerDecoder(TransformerDecoder):
         Returns:
             ResponseLogProbs: log-probs and numbers of scored tokens, each of shape ``[E, K]``.
         """
-        mask = MASKS[self.attention_backend](row)
-        h = self.tok_embeddings(row.tokens)
-        for layer in self.layers:
+        new_mask = MASKS[self.attention_backend]
+        h, mask = self.tok_embeddings(row.tokens), new_mask(row)
+        *layers, last_layer = self.layers
+        for layer in layers:
             h = layer(h, mask=mask, input_pos=row.input_pos)
-        h = self.norm(h[0].index_select(0, row.predictors))
+        # Nothing attends to what the last layer makes of a row, so it is computed only where it predicts something.
+        mask = new_mask(row, at_predictors=True)
+        h = last_layer(h, mask=mask, input_pos=row.input_pos, rows=row.predictors)
+        h = self.norm(h[0])
         return ResponseLogProbs(response_log_probs(self.output, h, row), row.num_scored)
 
 
@@ -119,6 +150,7 @@ def to_tree_model(model: TransformerDecoder, attention_backend: AttentionBackend
     """
     _refuse_unsupported(model)
     for layer in model.layers:
+        layer.__class__ = TreeTransformerLayer
         layer.attn.__class__ = TreeAttention
     model.__class__ = TreeTransformerDecoder
     model.attention_backend = attention_backend
@@ -135,10 +167,18 @@ def forward_flops(model: TreeTransformerDecoder, sizes: TreeSize) -> np.ndarray:
     Returns:
         np.ndarray: shape ``[N]``; additive over the trees of a row.
     """
-    weights = sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
-    width = sum(layer.attn.num_heads * layer.attn.head_dim for layer in model.layers)
-    vocabulary = model.tok_embeddings.weight.numel()
-    return 2.0 * weights * sizes.num_tokens + 4.0 * width * sizes.num_visible + 2.0 * vocabulary * sizes.num_predictors
+    *layers, last = model.layers
+    weights = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
+    width = sum(layer.attn.num_heads * layer.attn.head_dim for layer in layers)
+    # The last layer computes keys and values everywhere, the rest where it predicts something.
+    keys_and_values = sum(proj.weight.numel() for proj in (last.attn.k_proj, last.attn.v_proj))
+    at_predictors = sum(p.numel() for p in last.parameters() if p.dim() > 1) - keys_and_values
+    at_predictors += model.tok_embeddings.weight.numel()  # as large as the output projection
+    return (
+        2.0 * (weights + keys_and_values) * sizes.num_tokens
+        + 4.0 * width * sizes.num_visible
+        + 2.0 * at_predictors * sizes.num_predictors
+    )
 
 
 def _refuse_unsupported(model: nn.Module) -> None:

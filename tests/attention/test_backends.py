@@ -93,3 +93,26 @@ def test_a_backend_that_cannot_run_is_refused_with_the_way_out():
         choose_attention_backend("flex", torch.device("cpu"))
     with pytest.raises(UserError, match="no backend 'flash'; choose one of flex, chains"):
         choose_attention_backend("flash", torch.device("cpu"))
+
+
+@MASKS
+@PRECISIONS
+def test_at_predictors_queries_see_what_they_see_among_all(eager_flex, mask_class, dtype, tolerance):
+    @settings(max_examples=25)
+    @given(rows_of_examples(), st.integers(0, 3))
+    def check(row_examples, padding):
+        row = Row.from_examples(row_examples, round_length=lambda n: n + padding)
+        q, k, v = random_qkv(row.tokens.shape[1], dtype)
+        weight = torch.randn(1, HEADS, len(row.predictors), HEAD_DIM, dtype=dtype)
+        some = q.index_select(2, row.predictors)
+
+        expected = dense_attention(row, q, k, v).index_select(2, row.predictors)
+        expected_grads = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+        output = mask_class(row, at_predictors=True).attend(some, k, v)
+        grads = torch.autograd.grad((output * weight).sum(), (q, k, v))
+
+        torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(grad, expected_grad, rtol=tolerance, atol=tolerance * 10)
+
+    check()

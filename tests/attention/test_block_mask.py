@@ -64,3 +64,30 @@ def test_blocks_of_128(subtree_end):
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
 def test_all_padding(length):
     assert_equal_to_create_block_mask(torch.arange(1, length + 1), 128)
+
+
+@settings(max_examples=60)
+@given(rows_of_examples(), st.integers(0, 40), st.sampled_from([2, 4]))
+def test_queries_at_some_rows_meet_every_block_they_see(row_examples, padding, block_size):
+    row = Row.from_examples(row_examples, round_length=lambda n: n + padding + 1)
+    end, at, length = row.subtree_end, row.predictors, len(row.subtree_end)
+    ours = tree_block_mask(end, block_size, queries=at)
+    theirs = create_block_mask(
+        lambda b, h, q, kv: (kv <= at[q]) & (at[q] < end[kv]),
+        1,
+        1,
+        len(at),
+        length,
+        device="cpu",
+        BLOCK_SIZE=block_size,
+    )
+    assert ours.seq_lengths == theirs.seq_lengths == (len(at), length)
+    for mine, full, partial in zip(
+        zip(blocks(ours, "full"), blocks(ours, "partial"), strict=True),
+        blocks(theirs, "full"),
+        blocks(theirs, "partial"),
+        strict=True,
+    ):
+        # What is seen whole is seen whole; what is looked at token by token may be more than need be.
+        assert mine[0] <= full
+        assert full | partial <= mine[0] | mine[1]

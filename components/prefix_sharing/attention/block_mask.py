@@ -10,46 +10,54 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 
-def tree_block_mask(subtree_end: torch.Tensor, block_size: int = 128) -> BlockMask:
+def tree_block_mask(subtree_end: torch.Tensor, block_size: int = 128, queries: torch.Tensor | None = None) -> BlockMask:
     """Builds the mask that ``create_block_mask`` would find by trying every pair of tokens.
 
     Args:
         subtree_end (torch.Tensor): row index just past the subtree of each token, shape ``[s]``. Padding sees itself
             alone, ``subtree_end[j] = j + 1``.
         block_size (int): tokens in a block of queries and of keys. Default: 128.
+        queries (torch.Tensor | None): the rows that look, ascending, shape ``[p]``. A block of them is then judged by
+            its first and its last row, so some blocks are looked at token by token that need not be. Default: None,
+            all rows.
 
     Returns:
         BlockMask: for one row and all heads, on the device of ``subtree_end``.
     """
-    length = len(subtree_end)
+    length, device = len(subtree_end), subtree_end.device
     num_blocks = -(-length // block_size)
-    device = subtree_end.device
-
     end = torch.arange(1, num_blocks * block_size + 1, device=device)
     end[:length] = subtree_end
     end = end.view(num_blocks, block_size)
-    first_query = torch.arange(num_blocks, device=device) * block_size
+    first_key = torch.arange(num_blocks, device=device) * block_size
+    last_key = first_key + block_size - 1
+    if queries is None:
+        first_query, last_query = first_key, last_key
+    else:
+        padded = queries[
+            torch.arange(-(-len(queries) // block_size) * block_size, device=device).clamp_(max=len(queries) - 1)
+        ]
+        first_query, last_query = padded.view(-1, block_size)[:, 0], padded.view(-1, block_size)[:, -1]
 
     # [query block, key block]
-    below = first_query[None, :] < first_query[:, None]
-    seen = below & (end.amax(1)[None, :] > first_query[:, None])
-    full = below & (end.amin(1)[None, :] >= first_query[:, None] + block_size)
-    partial = (seen & ~full) | torch.eye(num_blocks, dtype=torch.bool, device=device)
+    seen = (first_key[None, :] <= last_query[:, None]) & (end.amax(1)[None, :] > first_query[:, None])
+    full = (last_key[None, :] <= first_query[:, None]) & (end.amin(1)[None, :] > last_query[:, None])
+    row_of = torch.arange(length, device=device) if queries is None else queries
 
     def visible(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
-        return (kv_idx <= q_idx) & (q_idx < subtree_end[kv_idx])
+        return (kv_idx <= row_of[q_idx]) & (row_of[q_idx] < subtree_end[kv_idx])
 
     return BlockMask.from_kv_blocks(
-        *_counts_and_indices(partial),
+        *_counts_and_indices(seen & ~full),
         *_counts_and_indices(full),
         BLOCK_SIZE=block_size,
         mask_mod=visible,
-        seq_lengths=(length, length),
+        seq_lengths=(len(row_of), length),
     )
 
 
 def _counts_and_indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many key blocks each query block meets, ``[1, 1, n]``, and which, those met first, ``[1, 1, n, n]``."""
+    """How many key blocks each query block meets, ``[1, 1, m]``, and which, those met first, ``[1, 1, m, n]``."""
     counts = blocks.sum(-1, dtype=torch.int32)
     indices = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
     return counts[None, None], indices[None, None]

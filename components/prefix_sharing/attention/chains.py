@@ -15,42 +15,52 @@ class ChainsMask:
     """The mask of one row, made once and used by every layer.
 
     Args:
-        row (Row): the row; its ``chains`` are used, its tensors only for their device.
+        row (Row): the row.
+        at_predictors (bool): whether the queries are those of ``row.predictors`` only, as in the last layer.
+            Default: False, those of every row.
     """
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, row: Row, *, at_predictors: bool = False) -> None:
         length = row.tokens.shape[1]
         chains = row.chains
-        self._query_sizes = [end - start for start, end in (chain.span for chain in chains)]
-        self._query_sizes.append(length - sum(self._query_sizes))
-
         # Keys are split wherever a chain begins or a set of ancestors ends, and put together again for each chain.
         spans = [span for chain in chains for span in (chain.span, *chain.ancestors)]
         cuts = sorted({0, length, *itertools.chain.from_iterable(spans)})
         self._key_sizes = [end - start for start, end in itertools.pairwise(cuts)]
         piece_at = {start: piece for piece, start in enumerate(cuts)}
-        self._key_pieces = [
-            [piece for start, end in (*chain.ancestors, chain.span) for piece in range(piece_at[start], piece_at[end])]
-            for chain in chains
-        ]
-        self._masks = [
-            _lower_right(chain.span[1] - chain.span[0], sum(end - start for start, end in chain.ancestors), row)
-            for chain in chains
-        ]
+
+        self._query_sizes, self._key_pieces, self._masks = [], [], []
+        for chain, predictors in zip(chains, itertools.pairwise(row.predictors_of_chains), strict=True):
+            (start, end), ancestors = chain.span, chain.ancestors
+            size = predictors[1] - predictors[0] if at_predictors else end - start
+            if size == 0:
+                continue
+            self._query_sizes.append(size)
+            self._key_pieces.append(
+                [piece for a, b in (*ancestors, chain.span) for piece in range(piece_at[a], piece_at[b])]
+            )
+            num_ancestors = sum(b - a for a, b in ancestors)
+            if at_predictors:
+                last_key = row.predictors[slice(*predictors)] - start + num_ancestors
+                keys = torch.arange(num_ancestors + end - start, device=last_key.device)
+                self._masks.append(keys <= last_key[:, None])
+            else:
+                self._masks.append(_lower_right(size, num_ancestors, row))
+        self._padding = 0 if at_predictors else length - sum(self._query_sizes)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attention of every row to the rows it may see.
+        """Attention of the queries to the rows they may see.
 
         Args:
-            q (torch.Tensor): queries, shape ``[1, heads, s, head_dim]``.
+            q (torch.Tensor): queries, shape ``[1, heads, s, head_dim]``, or ``p`` in place of s.
             k (torch.Tensor): keys, shape ``[1, kv_heads, s, head_dim]``.
             v (torch.Tensor): values, shape ``[1, kv_heads, s, head_dim]``.
 
         Returns:
-            torch.Tensor: shape ``[1, heads, s, head_dim]``; zero at padding.
+            torch.Tensor: the shape of ``q``; zero at padding.
         """
         # split, not slices: the backward of a slice fills a whole row with zeros.
-        *queries, padding = q.split(self._query_sizes, dim=2)
+        *queries, padding = q.split([*self._query_sizes, self._padding], dim=2)
         keys, values = k.split(self._key_sizes, dim=2), v.split(self._key_sizes, dim=2)
         outputs = [
             F.scaled_dot_product_attention(

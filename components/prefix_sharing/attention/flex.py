@@ -28,10 +28,12 @@ class FlexMask:
 
     Args:
         row (Row): the row, on the device that computes it.
+        at_predictors (bool): whether the queries are those of ``row.predictors`` only, as in the last layer.
+            Default: False, those of every row.
     """
 
-    def __init__(self, row: Row) -> None:
-        self.block_mask = tree_block_mask(row.subtree_end)
+    def __init__(self, row: Row, *, at_predictors: bool = False) -> None:
+        self.block_mask = tree_block_mask(row.subtree_end, queries=row.predictors if at_predictors else None)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention of every row to the rows it may see; shapes as in ``ChainsMask.attend``."""

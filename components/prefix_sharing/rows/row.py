@@ -25,7 +25,9 @@ class Row:
         input_pos (torch.Tensor): position of each token in its response, shape ``[1, s]``.
         subtree_end (torch.Tensor): row index just past the subtree of each token, shape ``[s]``; padding sees itself
             alone.
-        predictors (torch.Tensor): rows whose hidden state predicts a scored token, ascending, shape ``[p]``.
+        predictors (torch.Tensor): rows whose hidden state predicts a scored token, ascending, shape ``[p]``; the first
+            row if nothing is scored, so that every parameter has a gradient, if a zero one. Padded like the row, by
+            repeating the last.
         scored_predictor (torch.Tensor): for each scored token the index of its row in ``predictors``, ascending, shape
             ``[m]``.
         scored_target (torch.Tensor): id of each scored token, shape ``[m]``.
@@ -38,6 +40,8 @@ class Row:
         predictor_offsets (list[int]): the scored tokens of predictor ``i`` are
             ``predictor_offsets[i]:predictor_offsets[i + 1]``, length p + 1.
         chains (list[Chain]): the attention as chains, in row order.
+        predictors_of_chains (list[int]): the predictors in chain ``c`` are
+            ``predictors_of_chains[c]:predictors_of_chains[c + 1]``.
         num_tokens (int): tokens that are not padding.
         paired_tokens (int): tokens the same examples need if nothing is shared.
     """
@@ -54,6 +58,7 @@ class Row:
     pairs: torch.Tensor
     predictor_offsets: list[int]
     chains: list[Chain]
+    predictors_of_chains: list[int]
     num_tokens: int
     paired_tokens: int
 
@@ -78,8 +83,8 @@ class Row:
             indices (Sequence[int] | None): index of each example in its data set. Default: None, 0, 1, and so on.
             share_prefix (bool): False computes every response on its own. Default: True.
             num_responses (int | None): K. Default: None, the most that an example of this row has.
-            round_length (Callable[[int], int] | None): the row length for a number of tokens, such as
-                ``bucket_length``. Default: None, no padding.
+            round_length (Callable[[int], int] | None): the row length for a number of tokens, and the number of
+                predictors to compute, such as ``bucket_length``. Default: None, no padding.
 
         Returns:
             Row: on the CPU.
@@ -115,6 +120,17 @@ class Row:
         unique_predictors, scored_predictor, counts = np.unique(
             all_predictors[order], return_inverse=True, return_counts=True
         )
+        if len(unique_predictors) == 0:
+            unique_predictors, counts = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+        if round_length is not None:
+            padding = round_length(len(unique_predictors)) - len(unique_predictors)
+            unique_predictors, counts = (
+                np.pad(unique_predictors, (0, padding), mode="edge"),
+                np.pad(counts, (0, padding)),
+            )
+        # With no example, the first padding token is a chain: ranks that reduce gradients together all need some.
+        chains = chains or [Chain((0, 1), [])]
+        ends = [0, *(chain.span[1] for chain in chains)]
         return cls(
             tokens=torch.from_numpy(tokens)[None],
             input_pos=torch.from_numpy(input_pos)[None],
@@ -131,9 +147,8 @@ class Row:
                 ).astype(np.int64)
             ),
             predictor_offsets=[0, *np.cumsum(counts).tolist()],
-            # With no example, the first padding token is a chain: every parameter then has a gradient, if a zero one,
-            # as ranks that reduce gradients together need.
-            chains=chains or [Chain((0, 1), [])],
+            chains=chains,
+            predictors_of_chains=np.searchsorted(unique_predictors, ends).tolist(),
             num_tokens=num_tokens,
             paired_tokens=sum(tree.paired_tokens for tree in trees),
         )

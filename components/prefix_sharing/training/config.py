@@ -161,14 +161,14 @@ class DistributedConfig(TrainingConfig):
     data_parallel_replicate_dim: int = 1
 
 
-def parse(config_class: type[TrainingConfig]) -> Callable[[Callable], Callable[[], None]]:
+def parse(config_class: type) -> Callable[[Callable], Callable[[], None]]:
     """Makes a recipe's main function read ``--config NAME_OR_PATH key=value ...`` as ``tune run`` hands them on.
 
     Config names of this package resolve as torchtune's own do. Whatever the user can put right is printed as one
     sentence, with exit status 1 and no traceback.
 
     Args:
-        config_class (type[TrainingConfig]): the keys the recipe takes.
+        config_class (type): a dataclass of the keys the recipe takes, ``TrainingConfig`` or one of your own.
 
     Returns:
         Callable[[Callable], Callable[[], None]]: the decorator.
@@ -185,12 +185,12 @@ def parse(config_class: type[TrainingConfig]) -> Callable[[Callable], Callable[[
     return decorate
 
 
-def check_config(cfg: DictConfig, config_class: type[TrainingConfig]) -> DictConfig:
+def check_config(cfg: DictConfig, config_class: type) -> DictConfig:
     """Checks a config and fills in defaults.
 
     Args:
         cfg (DictConfig): as read.
-        config_class (type[TrainingConfig]): the keys there are.
+        config_class (type): a dataclass of the keys there are.
 
     Returns:
         DictConfig: the config with every key of ``config_class``.
@@ -216,9 +216,10 @@ def check_config(cfg: DictConfig, config_class: type[TrainingConfig]) -> DictCon
     except OmegaConfBaseException as error:
         raise UserError(f"Config: {getattr(error, 'full_key', None) or 'a key'}: {one_line(error)}.") from error
 
-    _check_values(cfg)
+    if issubclass(config_class, TrainingConfig):
+        _check_values(cfg)
     for key in COMPONENTS:
-        if cfg[key] is not None:
+        if cfg.get(key) is not None:
             _check_component(key, cfg[key])
     return cfg
 

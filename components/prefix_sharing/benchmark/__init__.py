@@ -1,0 +1,1 @@
+"""Training steps of the same pairs in several formats, timed side by side."""
