@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 from omegaconf import OmegaConf
 
+from prefix_dpo_benchmark import BenchmarkConfig
 from prefix_sharing.config import config_names, find_config, instantiate
 from prefix_sharing.errors import UserError
 from prefix_sharing.training import DistributedConfig, TrainingConfig, parse
@@ -28,7 +29,8 @@ def test_every_config_of_the_package_passes():
         cfg = OmegaConf.load(find_config(name))
         for key in OmegaConf.missing_keys(cfg):
             OmegaConf.update(cfg, key, "pairs.jsonl")
-        cfg = check_config(cfg, DistributedConfig if "distributed" in name else TrainingConfig)
+        config_class = DistributedConfig if "distributed" in name else TrainingConfig
+        cfg = check_config(cfg, BenchmarkConfig if name.startswith("benchmark/") else config_class)
         assert cfg.output_dir
 
 
