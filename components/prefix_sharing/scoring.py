@@ -5,6 +5,7 @@ long row over a large vocabulary never stand in memory at once.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -28,10 +29,7 @@ def response_log_probs(project: Callable[[torch.Tensor], torch.Tensor], hidden: 
     """
 
     def score(hidden: torch.Tensor, predictor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        logits = project(hidden)
-        # log_softmax, as in the plain computation: over large vocabularies it rounds in a way of its own on CPU.
-        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        return log_probs[predictor, target]
+        return _TargetLogProbs.apply(project(hidden), predictor, target)
 
     num_predictors = hidden.shape[0]
     token_log_probs = []
@@ -48,3 +46,23 @@ def response_log_probs(project: Callable[[torch.Tensor], torch.Tensor], hidden: 
     log_probs = torch.cat(token_log_probs)
     totals = log_probs.new_zeros(row.num_scored.numel())
     return totals.index_add(0, row.scored_response, log_probs).view(row.num_scored.shape)
+
+
+class _TargetLogProbs(torch.autograd.Function):
+    """``logits.log_softmax(-1)[row, target]``, with a backward that passes over the vocabulary less often."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, row: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        # log_softmax, as in the plain computation: over large vocabularies it rounds in a way of its own on CPU.
+        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        ctx.save_for_backward(log_probs, row, target)
+        ctx.dtype = logits.dtype
+        return log_probs[row, target]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        log_probs, row, target = ctx.saved_tensors
+        of_row = grad.new_zeros(len(log_probs)).index_add_(0, row, grad)
+        grad_logits = log_probs.exp().mul_(-of_row[:, None])
+        grad_logits.index_put_((row, target), grad, accumulate=True)
+        return grad_logits.to(ctx.dtype), None, None

@@ -107,7 +107,7 @@ def test_a_data_set_of_which_nothing_is_left(refused, write):
 
 def test_examples_that_are_no_pairs(refused, write):
     said = refused(*write({"prompt": "q", "responses": ["a", "b", "c"]}, {"prompt": "q", "responses": ["a"]}))
-    assert "DPOLoss compares pairs, but 1 of 2 examples have one response only." in said
+    assert "DPOLoss compares pairs, but 1 of 2 examples have one response only" in said
 
 
 def test_an_unknown_key_under_reference(refused):

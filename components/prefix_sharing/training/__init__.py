@@ -5,17 +5,14 @@ from prefix_sharing.training.config import DistributedConfig, TrainingConfig, ch
 from prefix_sharing.training.distributed import init_process_group, is_rank_zero, materialize, reshard, shard_model
 from prefix_sharing.training.evaluation import evaluate
 from prefix_sharing.training.metrics import StepMetrics, peak_memory
+from prefix_sharing.training.plan import build_loader, build_plan, build_val_plan, log_plan
 from prefix_sharing.training.setup import (
     build_dataset,
-    build_loader,
     build_lr_scheduler,
     build_model,
-    build_plan,
     build_profiler,
-    build_val_plan,
     clip_grad_norm,
     compute_dtype,
-    log_plan,
     set_up_device,
     set_up_logging,
     summarize_run,
