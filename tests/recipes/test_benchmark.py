@@ -57,7 +57,9 @@ def test_formats_that_disagree_are_not_timed(tmp_path):
     run = benchmark(tmp_path)
     right = run.formats[2]
     run.formats[2] = dataclasses.replace(right, log_probs=lambda batch: right.log_probs(batch) * 1.01)
-    with pytest.raises(UserError, match="prefix and torchtune differ by .* in a pair's loss; nothing was timed"):
+    with pytest.raises(
+        UserError, match="prefix and torchtune differ by .* in a response's log-prob; nothing was timed"
+    ):
         run.run()
     assert not (tmp_path / "benchmark.json").exists()
 
