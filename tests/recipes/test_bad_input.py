@@ -138,3 +138,7 @@ def test_a_checkpoint_that_is_not_there(refused, tmp_path):
     )
     assert "checkpointer: torchtune.training.FullModelHFCheckpointer: " in said
     assert "nowhere/config.json" in said
+
+
+def test_a_mistake_in_the_held_out_data_set_names_its_key(refused):
+    assert "Error: dataset_val: prefix_sharing.quickstart.preference_pairs: " in refused("dataset_val.num_pairs=many")

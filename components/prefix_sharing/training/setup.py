@@ -1,6 +1,7 @@
 """What both recipes build before training: device, model, data, loss, optimizer, schedule."""
 
 import logging
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -113,7 +114,7 @@ def build_dataset(key: str, cfg: DictConfig, tokenizer: Any, model: TreeTransfor
         try:
             dataset = instantiate(key, cfg[key], tokenizer)
         except UserError as error:  # the builder does not know for which key it works
-            raise UserError(f"{key}{str(error).removeprefix('dataset')}" if key != "dataset" else str(error)) from error
+            raise UserError(re.sub(r"^dataset(?=[:.])", key, str(error))) from error
     if not isinstance(dataset, PrefixPreferenceDataset):
         raise UserError(
             f"Config: {key}: {cfg[key]._component_} makes a {type(dataset).__name__}; use "
