@@ -184,9 +184,7 @@ class PrefixDPOBenchmark:
         """Peak memory in GiB of a process that takes two steps in one format."""
         cfg = OmegaConf.merge(self.cfg, {"workloads": [workload], "formats": [form]})
         command = [sys.executable, "-m", __name__ if __name__ != "__main__" else Path(__file__).stem, "--memory"]
-        done = subprocess.run(
-            command, input=OmegaConf.to_yaml(cfg), capture_output=True, text=True, check=True, env=None
-        )
+        done = subprocess.run(command, input=OmegaConf.to_yaml(cfg), capture_output=True, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
     def synchronize(self) -> None:

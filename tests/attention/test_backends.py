@@ -29,6 +29,15 @@ def random_qkv(length, dtype):
     ]
 
 
+def assert_same(output, expected, inputs, tolerance):
+    """The outputs, and the gradients of a random weighting of them."""
+    weight = torch.randn_like(expected)
+    grads, expected_grads = (torch.autograd.grad((o * weight).sum(), inputs) for o in (output, expected))
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=tolerance, atol=tolerance * 10)
+
+
 @pytest.fixture
 def eager_flex(monkeypatch):
     """FlexAttention's eager operator, whose backward works on CPU once the device check is out of the way."""
@@ -49,16 +58,8 @@ def test_outputs_and_gradients_are_those_of_dense_attention(eager_flex, mask_cla
         row = Row.from_examples(row_examples, round_length=lambda n: n + padding)
         inputs = random_qkv(row.tokens.shape[1], dtype)
         real = slice(0, row.num_tokens)
-        weight = torch.randn(1, HEADS, row.num_tokens, HEAD_DIM, dtype=dtype)
-
         expected = dense_attention(row, *inputs)[:, :, real]
-        expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
-        output = mask_class(row).attend(*inputs)[:, :, real]
-        grads = torch.autograd.grad((output * weight).sum(), inputs)
-
-        torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
-        for grad, expected_grad in zip(grads, expected_grads, strict=True):
-            torch.testing.assert_close(grad, expected_grad, rtol=tolerance, atol=tolerance * 10)
+        assert_same(mask_class(row).attend(*inputs)[:, :, real], expected, inputs, tolerance)
 
     check()
 
@@ -103,16 +104,8 @@ def test_at_predictors_queries_see_what_they_see_among_all(eager_flex, mask_clas
     def check(row_examples, padding):
         row = Row.from_examples(row_examples, round_length=lambda n: n + padding)
         q, k, v = random_qkv(row.tokens.shape[1], dtype)
-        weight = torch.randn(1, HEADS, len(row.predictors), HEAD_DIM, dtype=dtype)
-        some = q.index_select(2, row.predictors)
-
         expected = dense_attention(row, q, k, v).index_select(2, row.predictors)
-        expected_grads = torch.autograd.grad((expected * weight).sum(), (q, k, v))
-        output = mask_class(row, at_predictors=True).attend(some, k, v)
-        grads = torch.autograd.grad((output * weight).sum(), (q, k, v))
-
-        torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
-        for grad, expected_grad in zip(grads, expected_grads, strict=True):
-            torch.testing.assert_close(grad, expected_grad, rtol=tolerance, atol=tolerance * 10)
+        output = mask_class(row, at_predictors=True).attend(q.index_select(2, row.predictors), k, v)
+        assert_same(output, expected, (q, k, v), tolerance)
 
     check()

@@ -2,17 +2,17 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from runs import losses, run_in_process, training_log
 from safetensors.torch import load_file
 from torchtune import rlhf
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_dpo
+from torchtune.data import padded_collate_dpo
 from torchtune.models.convert_weights import hf_to_tune
 from torchtune.models.llama3 import llama3
 from torchtune.rlhf.loss import DPOLoss
 
+from prefix_sharing.benchmark.formats import as_torchtunes_sample
 from prefix_sharing.quickstart import preference_pairs, tokenizer
 from prefix_sharing.rows import ExampleSizes, Plan
 
@@ -27,14 +27,6 @@ TRAINING = {
     "lr_scheduler": None,
     "optimizer.lr": 2e-4,
 }
-
-
-def as_torchtunes_sample(pair):
-    sample = {}
-    for name, response in zip(("chosen", "rejected"), pair, strict=True):
-        sample[f"{name}_input_ids"] = response.tokens.tolist()
-        sample[f"{name}_labels"] = np.where(response.scored, response.tokens, CROSS_ENTROPY_IGNORE_IDX).tolist()
-    return sample
 
 
 def torchtune_losses(initial_weights):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefix_sharing.benchmark.workloads import DATASETS
 from prefix_sharing.rows import (
     ExampleSizes,
     Plan,
@@ -94,17 +95,6 @@ def test_dealing_gives_every_rank_as_many_rows_of_like_cost(costs, world_size):
     # rows computed at the same time are neighbours in cost
     together = [[costs[row[0]] for row in rows if row] for rows in zip(*dealt, strict=True)]
     assert all(min(a) >= max(b) for a, b in itertools.pairwise(together) if a and b)
-
-
-# Median length and ratio of prefix to response of the data sets in table 1 of https://arxiv.org/abs/2410.20305.
-DATASETS = {
-    "capybara": (1160, 1.59),
-    "hh": (186, 2.15),
-    "metamath": (872, 3.91),
-    "tldr": (416, 11.14),
-    "helpsteer": (775, 6.34),
-    "ultrafeedback": (409, 0.42),
-}
 
 
 def lognormal_sizes(name, num_examples, seed=0, most=8192):

@@ -1,8 +1,16 @@
 """Tree attention: the mask of a row, and the backends that compute with it."""
 
-from prefix_sharing.attention.backend import AttentionBackend, TreeMask, choose_attention_backend
+from prefix_sharing.attention.backend import AttentionBackend, TreeMask, choose_attention_backend, rounding_of
 from prefix_sharing.attention.block_mask import tree_block_mask
 from prefix_sharing.attention.chains import ChainsMask
 from prefix_sharing.attention.flex import FlexMask
 
-__all__ = ["AttentionBackend", "ChainsMask", "FlexMask", "TreeMask", "choose_attention_backend", "tree_block_mask"]
+__all__ = [
+    "AttentionBackend",
+    "ChainsMask",
+    "FlexMask",
+    "TreeMask",
+    "choose_attention_backend",
+    "rounding_of",
+    "tree_block_mask",
+]

@@ -8,6 +8,7 @@ chains   any device                     one scaled dot product attention a chain
 ======== ============================== ==================================================================
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,12 +16,18 @@ import torch
 from prefix_sharing.attention.chains import ChainsMask
 from prefix_sharing.attention.flex import FlexMask
 from prefix_sharing.errors import UserError
+from prefix_sharing.rows import bucket_length
 
 AttentionBackend = Literal["flex", "chains"]
 
 TreeMask = ChainsMask | FlexMask
 
 MASKS: dict[str, type[TreeMask]] = {"flex": FlexMask, "chains": ChainsMask}
+
+
+def rounding_of(backend: AttentionBackend) -> Callable[[int], int] | None:
+    """How row lengths are rounded: compiled attention needs them to be few."""
+    return bucket_length if backend == "flex" else None
 
 
 def choose_attention_backend(name: str | None, device: torch.device) -> AttentionBackend:

@@ -34,25 +34,24 @@ def tree_block_mask(subtree_end: torch.Tensor, block_size: int = 128, queries: t
     if queries is None:
         first_query, last_query = first_key, last_key
     else:
-        padded = queries[
-            torch.arange(-(-len(queries) // block_size) * block_size, device=device).clamp_(max=len(queries) - 1)
-        ]
-        first_query, last_query = padded.view(-1, block_size)[:, 0], padded.view(-1, block_size)[:, -1]
+        first_in_block = torch.arange(0, len(queries), block_size, device=device)
+        first_query = queries[first_in_block]
+        last_query = queries[(first_in_block + block_size - 1).clamp_(max=len(queries) - 1)]
 
     # [query block, key block]
     seen = (first_key[None, :] <= last_query[:, None]) & (end.amax(1)[None, :] > first_query[:, None])
     full = (last_key[None, :] <= first_query[:, None]) & (end.amin(1)[None, :] > last_query[:, None])
-    row_of = torch.arange(length, device=device) if queries is None else queries
 
     def visible(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
-        return (kv_idx <= row_of[q_idx]) & (row_of[q_idx] < subtree_end[kv_idx])
+        row = q_idx if queries is None else queries[q_idx]
+        return (kv_idx <= row) & (row < subtree_end[kv_idx])
 
     return BlockMask.from_kv_blocks(
         *_counts_and_indices(seen & ~full),
         *_counts_and_indices(full),
         BLOCK_SIZE=block_size,
         mask_mod=visible,
-        seq_lengths=(len(row_of), length),
+        seq_lengths=(length if queries is None else len(queries), length),
     )
 
 

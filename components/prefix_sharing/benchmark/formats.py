@@ -20,9 +20,10 @@ from torch import nn
 from torchtune import rlhf
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_dpo
 
+from prefix_sharing.attention import rounding_of
 from prefix_sharing.losses import take_pairs
 from prefix_sharing.model import TreeTransformerDecoder, forward_flops
-from prefix_sharing.rows import ExampleSizes, Plan, PrefixTree, Response, Row, TreeSize, bucket_length
+from prefix_sharing.rows import ExampleSizes, Plan, PrefixTree, Response, Row, TreeSize
 
 Pairs = Sequence[Sequence[Response]]
 
@@ -74,7 +75,7 @@ def build_formats(
     Returns:
         dict[str, Format]: by name.
     """
-    round_length = bucket_length if tree.attention_backend == "flex" else None
+    round_length = rounding_of(tree.attention_backend)
 
     def rows(share_prefix: bool, packed: bool) -> Callable[[Pairs], list[MicroBatch]]:
         def micro_batches(pairs: Pairs) -> list[MicroBatch]:
@@ -103,7 +104,7 @@ def build_formats(
         made = []
         for first in range(0, len(pairs), batch_size):
             some = pairs[first : first + batch_size]
-            input_ids, labels = padded_collate_dpo([_as_torchtunes_sample(pair) for pair in some])
+            input_ids, labels = padded_collate_dpo([as_torchtunes_sample(pair) for pair in some])
             num_tokens = sum(len(response.tokens) for pair in some for response in pair)
             inputs = (input_ids.to(device), labels.to(device))
             made.append(MicroBatch(list(range(first, first + len(some))), inputs, num_tokens, input_ids.numel()))
@@ -122,7 +123,8 @@ def build_formats(
     return {each.name: each for each in formats}
 
 
-def _as_torchtunes_sample(pair: Sequence[Response]) -> dict[str, list[int]]:
+def as_torchtunes_sample(pair: Sequence[Response]) -> dict[str, list[int]]:
+    """A pair as torchtune's preference data sets give it: ids and labels of chosen and rejected."""
     sample = {}
     for name, response in zip(("chosen", "rejected"), pair, strict=True):
         sample[f"{name}_input_ids"] = response.tokens.tolist()

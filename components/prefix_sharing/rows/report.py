@@ -15,7 +15,6 @@ class PlanReport:
     """Figures over the steps of an epoch and all ranks.
 
     Attributes:
-        num_steps (int): optimizer steps.
         num_rows (int): rows with examples.
         least_rows (int): rows that no packing of the same steps can do without.
         num_empty_rows (int): rows without examples, computed so that ranks keep step.
@@ -27,7 +26,6 @@ class PlanReport:
             for each; else none.
     """
 
-    num_steps: int
     num_rows: int
     least_rows: int
     num_empty_rows: int
@@ -82,7 +80,6 @@ def report_plan(plan: Plan, round_length: Callable[[int], int] | None = None, ep
         else:
             least_rows += -(-len(examples) // plan.batch_size)
     return PlanReport(
-        num_steps=len(steps),
         num_rows=num_rows,
         least_rows=least_rows,
         num_empty_rows=num_empty,

@@ -5,6 +5,7 @@ import logging
 import torch
 from omegaconf import DictConfig
 
+from prefix_sharing.attention import rounding_of
 from prefix_sharing.datasets import PrefixPreferenceDataset, StepLoader
 from prefix_sharing.errors import UserError
 from prefix_sharing.model import TreeTransformerDecoder, forward_flops
@@ -28,7 +29,7 @@ def build_loader(cfg: DictConfig, model: TreeTransformerDecoder, device: torch.d
     return StepLoader(
         device,
         share_prefix=cfg.share_prefix,
-        round_length=bucket_length if model.attention_backend == "flex" else None,
+        round_length=rounding_of(model.attention_backend),
         num_workers=cfg.num_workers,
     )
 
