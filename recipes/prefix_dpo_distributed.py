@@ -162,7 +162,9 @@ class PrefixDPORecipeDistributed:
             )
             metrics = StepMetrics(self.device)
             for step in self.load(self.dataset, self.plan.epoch(epoch)):
-                for row in step.rows:
+                for i, row in enumerate(step.rows, start=1):
+                    # Gradients are added up over ranks in the backward pass of the step's last row.
+                    self.model.set_requires_gradient_sync(cfg.fsdp_sync_every_row or i == len(step.rows))
                     row = row.to(self.device)
                     with self.activations_handling:
                         output = self.forward(self.model, row)

@@ -5,9 +5,15 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
+import itertools
+
 import hypothesis
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import flex_attention as torch_flex
+
+from prefix_sharing.attention import flex, varlen
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("default")
@@ -24,3 +30,32 @@ def _own_datasets_cache(tmp_path, monkeypatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+
+
+def plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+    """What FlashAttention computes, a sequence at a time: causal, aligned at the lower right."""
+    assert window_size == (-1, 0)
+    assert enable_gqa
+    outputs, sizes = [], []
+    for (a, b), (c, d) in zip(
+        itertools.pairwise(cu_seq_q.tolist()), itertools.pairwise(cu_seq_k.tolist()), strict=True
+    ):
+        visible = torch.ones(b - a, d - c, dtype=torch.bool).tril((d - c) - (b - a))
+        q, k, v = (x.transpose(0, 1)[None] for x in (query[a:b], key[c:d], value[c:d]))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)[0].transpose(0, 1))
+        sizes.append((b - a, d - c))
+    assert (max_q, max_k) == tuple(map(max, zip(*sizes, strict=True)))
+    assert (b, d) == (len(query), len(key))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """What stands in for kernels that CPUs lack.
+
+    FlexAttention's eager operator, whose backward works once the device check is out of the way, and one SDPA a
+    sequence for FlashAttention.
+    """
+    monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *args: None)
+    monkeypatch.setattr(flex, "_compiled_flex_attention", lambda: torch_flex.flex_attention)

@@ -11,7 +11,6 @@ from torchtune.models.gemma2 import gemma2
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.models.phi3 import phi3
 
-from attention.test_backends import eager_flex  # noqa: F401
 from plain import FAMILIES, VOCAB, in_double, plain_log_probs, plain_num_scored, response, rows_of_examples
 from prefix_sharing import scoring
 from prefix_sharing.errors import UserError
@@ -63,8 +62,8 @@ def assert_equals_plain(family, backend, precision, row_examples, *, share_prefi
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("backend", ["chains", "flex"])
-def test_random_trees_equal_plain_sequences(eager_flex, backend, precision):  # noqa: F811
+@pytest.mark.parametrize("backend", ["chains", "flex", "varlen"])
+def test_random_trees_equal_plain_sequences(on_cpu, backend, precision):
     @settings(max_examples=40)
     @given(rows_of_examples(), st.booleans(), st.integers(0, 3))
     def check(row_examples, share_prefix, padding):

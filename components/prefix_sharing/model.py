@@ -5,7 +5,8 @@ attention layers in place, so parameters, state-dict keys and submodules stay wh
 activation checkpointing and FSDP2 apply as to any torchtune model, afterwards.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 
-from prefix_sharing.attention.backend import MASKS, AttentionBackend, TreeMask
+from prefix_sharing.attention import AttentionBackend, TreeMask, mask_builder
 from prefix_sharing.errors import UserError
 from prefix_sharing.rows import Row, TreeSize
 from prefix_sharing.scoring import response_log_probs
@@ -111,6 +112,7 @@ class TreeTransformerDecoder(TransformerDecoder):
     """torchtune's decoder, from a row to the log-probs of its responses."""
 
     attention_backend: AttentionBackend
+    new_mask: Callable[..., TreeMask]
 
     def forward(self, row: Row) -> ResponseLogProbs:
         """Computes every shared prefix once and, past the last layer's keys and values, only what predicts a token.
@@ -121,19 +123,20 @@ class TreeTransformerDecoder(TransformerDecoder):
         Returns:
             ResponseLogProbs: log-probs and numbers of scored tokens, each of shape ``[E, K]``.
         """
-        new_mask = MASKS[self.attention_backend]
-        h, mask = self.tok_embeddings(row.tokens), new_mask(row)
+        h, mask = self.tok_embeddings(row.tokens), self.new_mask(row)
         *layers, last_layer = self.layers
         for layer in layers:
             h = layer(h, mask=mask, input_pos=row.input_pos)
         # Nothing attends to what the last layer makes of a row, so it is computed only where it predicts something.
-        mask = new_mask(row, at_predictors=True)
+        mask = self.new_mask(row, at_predictors=True)
         h = last_layer(h, mask=mask, input_pos=row.input_pos, rows=row.predictors)
         h = self.norm(h[0])
         return ResponseLogProbs(response_log_probs(self.output, h, row), row.num_scored)
 
 
-def to_tree_model(model: TransformerDecoder, attention_backend: AttentionBackend) -> TreeTransformerDecoder:
+def to_tree_model(
+    model: TransformerDecoder, attention_backend: AttentionBackend, kernel_options: Mapping[str, Any] | None = None
+) -> TreeTransformerDecoder:
     """Turns a built torchtune model, in place, into one that takes a row and returns its responses' log-probs.
 
     Call it before compilation, activation checkpointing and sharding.
@@ -141,6 +144,7 @@ def to_tree_model(model: TransformerDecoder, attention_backend: AttentionBackend
     Args:
         model (TransformerDecoder): as torchtune's builders return it.
         attention_backend (AttentionBackend): see ``prefix_sharing.attention.choose_attention_backend``.
+        kernel_options (Mapping[str, Any] | None): handed to FlexAttention. Default: None.
 
     Returns:
         TreeTransformerDecoder: the same object.
@@ -154,6 +158,7 @@ def to_tree_model(model: TransformerDecoder, attention_backend: AttentionBackend
         layer.attn.__class__ = TreeAttention
     model.__class__ = TreeTransformerDecoder
     model.attention_backend = attention_backend
+    model.new_mask = mask_builder(attention_backend, kernel_options)
     return model
 
 

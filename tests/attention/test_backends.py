@@ -5,10 +5,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention import flex_attention as torch_flex
 
 from plain import response, rows_of_examples
-from prefix_sharing.attention import ChainsMask, FlexMask, choose_attention_backend, flex
+from prefix_sharing.attention import (
+    ChainsMask,
+    FlexMask,
+    VarlenMask,
+    choose_attention_backend,
+    flex,
+    mask_builder,
+    rounding_of,
+)
 from prefix_sharing.errors import UserError
 from prefix_sharing.rows import Row
 
@@ -38,20 +45,13 @@ def assert_same(output, expected, inputs, tolerance):
         torch.testing.assert_close(grad, expected_grad, rtol=tolerance, atol=tolerance * 10)
 
 
-@pytest.fixture
-def eager_flex(monkeypatch):
-    """FlexAttention's eager operator, whose backward works on CPU once the device check is out of the way."""
-    monkeypatch.setattr(torch_flex, "_validate_device", lambda *args: None)
-    monkeypatch.setattr(flex, "_compiled_flex_attention", lambda: torch_flex.flex_attention)
-
-
-MASKS = pytest.mark.parametrize("mask_class", [ChainsMask, FlexMask])
+MASKS = pytest.mark.parametrize("mask_class", [ChainsMask, FlexMask, VarlenMask])
 PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 
 
 @MASKS
 @PRECISIONS
-def test_outputs_and_gradients_are_those_of_dense_attention(eager_flex, mask_class, dtype, tolerance):
+def test_outputs_and_gradients_are_those_of_dense_attention(on_cpu, mask_class, dtype, tolerance):
     @settings(max_examples=25)
     @given(rows_of_examples(), st.integers(0, 3))
     def check(row_examples, padding):
@@ -83,22 +83,70 @@ def test_chains_leave_padding_at_zero():
     assert (output[:, :, 2:] == 0).all()
 
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
 def test_backend_is_chosen_by_device():
-    assert choose_attention_backend(None, torch.device("cuda")) == "flex"
-    assert choose_attention_backend(None, torch.device("cpu")) == "chains"
-    assert choose_attention_backend("chains", torch.device("cuda")) == "chains"
+    assert choose_attention_backend(None, CUDA, torch.bfloat16) == "flex"
+    assert choose_attention_backend(None, CPU, torch.bfloat16) == "chains"
+    assert choose_attention_backend("chains", CUDA, torch.float32) == "chains"
+    assert choose_attention_backend("varlen", CUDA, torch.bfloat16) == "varlen"
 
 
-def test_a_backend_that_cannot_run_is_refused_with_the_way_out():
+def test_a_backend_that_cannot_run_is_refused_with_the_way_out(monkeypatch):
     with pytest.raises(UserError, match="flex cannot train on cpu.*use chains"):
-        choose_attention_backend("flex", torch.device("cpu"))
-    with pytest.raises(UserError, match="no backend 'flash'; choose one of flex, chains"):
-        choose_attention_backend("flash", torch.device("cpu"))
+        choose_attention_backend("flex", CPU, torch.float32)
+    with pytest.raises(UserError, match="varlen needs CUDA and dtype: bf16, but this is cuda and float32; use chains"):
+        choose_attention_backend("varlen", CUDA, torch.float32)
+    with pytest.raises(UserError, match="varlen needs CUDA and dtype: bf16, but this is cpu and bfloat16"):
+        choose_attention_backend("varlen", CPU, torch.bfloat16)
+    with pytest.raises(UserError, match="no backend 'flash'; choose one of flex, chains, varlen"):
+        choose_attention_backend("flash", CPU, torch.float32)
+
+
+def test_kernel_options_reach_flex_attention(monkeypatch):
+    seen = []
+    monkeypatch.setattr(flex, "_compiled_flex_attention", lambda: lambda *args, **kwargs: seen.append(kwargs))
+    row = Row.from_examples([[response([1, 2, 3], [0, 1, 1])]])
+    for options in (None, {"BLOCK_M": 64}):
+        mask_builder("flex", options)(row, at_predictors=True).attend(None, None, None)
+        assert seen.pop()["kernel_options"] == options
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's and FlashAttention's backward need a GPU")
+@pytest.mark.parametrize("at_predictors", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [("flex", torch.float32, 1e-2), ("flex", torch.bfloat16, 5e-2), ("varlen", torch.bfloat16, 5e-2)],
+)
+def test_on_a_gpu_a_compiled_backend_is_dense_attention(backend, dtype, tolerance, at_predictors):
+    head_dim, prompt = 64, torch.randint(0, 20, (300,)).tolist()
+    answers = [[1] + [3] * 100, [2] + [4] * 90, [2, 5] + [6] * 60]
+    example = [response(prompt + a, [0] * 300 + [1] * len(a)) for a in answers]
+    row = Row.from_examples([example, example], round_length=rounding_of(backend)).to(CUDA)
+    length = row.tokens.shape[1]
+    q, k, v = (
+        torch.randn(1, heads, length, head_dim, device=CUDA, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)
+    )
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    i, j = torch.arange(length, device=CUDA)[:, None], torch.arange(length, device=CUDA)[None, :]
+    visible = (j <= i) & (i < row.subtree_end[None, :])
+    expected = F.scaled_dot_product_attention(*exact, attn_mask=visible, enable_gqa=True)
+    rows = row.predictors if at_predictors else torch.arange(row.num_tokens, device=CUDA)
+    expected = expected.index_select(2, rows)
+    queries = q.index_select(2, rows) if at_predictors else q
+    output = mask_builder(backend)(row, at_predictors=at_predictors).attend(queries, k, v)[:, :, : len(rows)]
+    weight = torch.randn_like(expected)
+    grads = torch.autograd.grad((output.double() * weight).sum(), (q, k, v))
+    expected_grads = torch.autograd.grad((expected * weight).sum(), exact)
+    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad.double(), expected_grad, rtol=tolerance, atol=tolerance)
 
 
 @MASKS
 @PRECISIONS
-def test_at_predictors_queries_see_what_they_see_among_all(eager_flex, mask_class, dtype, tolerance):
+def test_at_predictors_queries_see_what_they_see_among_all(on_cpu, mask_class, dtype, tolerance):
     @settings(max_examples=25)
     @given(rows_of_examples(), st.integers(0, 3))
     def check(row_examples, padding):

@@ -61,6 +61,7 @@ def write(tmp_path):
     [
         ("bach_size=2", "Config: there is no key 'bach_size'; the nearest one is 'batch_size'."),
         ("attention_backend=flex", "attention_backend: flex cannot train on cpu"),
+        ("flex_kernel_options.BLOCK_M=64", "flex_kernel_options: the attention backend is chains, which takes none."),
         ("model.vocab_size=300", "the model's vocabulary has 300; tokenizer and model do not belong together."),
         ("model.max_seq_len=64", "but the model takes 64; set dataset.max_seq_len."),
         ("output_dir=/proc/nothing", "output_dir: /proc/nothing cannot be written"),

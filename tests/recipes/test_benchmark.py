@@ -1,17 +1,27 @@
 """The benchmark, short: it compares like with like, writes what it says, and asserts no timing."""
 
 import dataclasses
+import importlib.util
 import json
+import math
+import sys
 
 import pytest
+import torch
+import torch.nn.functional as F
 from omegaconf import OmegaConf
 from runs import tune_run
 
-from prefix_dpo_benchmark import BenchmarkConfig, PrefixDPOBenchmark
-from prefix_sharing.benchmark.workloads import DATASETS, draw_lengths
+from prefix_dpo_benchmark import BenchmarkConfig, PrefixDPOBenchmark, reference_like
+from prefix_sharing.benchmark.bare import _Record
+from prefix_sharing.benchmark.workloads import DATASETS, draw_lengths, pairs_in
 from prefix_sharing.config import find_config
 from prefix_sharing.errors import UserError
 from prefix_sharing.training import check_config
+
+FORMATS = ["torchtune", "trl", "paired_packed", "prefix", "prefix_packed"]
+if importlib.util.find_spec("trl") is None:
+    FORMATS.remove("trl")
 
 SMALL = {
     "model.vocab_size": 100,
@@ -23,7 +33,13 @@ SMALL = {
     "workloads": ["hh", "20,5,6"],
     "num_pairs": 3,
     "batch_size": 2,
+    "longest": 300,
     "rounds": 2,
+    "prefix_lengths": [16, 32],
+    "completion_lengths": [8],
+    "layer_backends": ["chains"],
+    "tokens_per_row": [512, 1024],
+    "num_examples": [1000, 2000],
     "measure_memory": False,
     "device": "cpu",
 }
@@ -37,26 +53,47 @@ def benchmark(directory, config="benchmark/cpu", **overrides):
 
 
 @pytest.mark.parametrize("config", ["benchmark/cpu", "benchmark/cuda"])
-def test_every_format_is_timed_on_every_workload(tmp_path, config, capsys):
+def test_everything_is_measured(tmp_path, config, capsys):
     benchmark(tmp_path, config).run()
     results = json.loads((tmp_path / "benchmark.json").read_text())
     assert [workload["name"] for workload in results["workloads"]] == ["hh", "20,5,6"]
     for workload in results["workloads"]:
         formats = workload["formats"]
-        assert list(formats) == ["torchtune", "paired_packed", "prefix", "prefix_packed"]
+        assert list(formats) == FORMATS
         assert all(found["examples_per_s"] > 0 for found in formats.values())
         assert formats["prefix"]["num_tokens"] < formats["paired_packed"]["num_tokens"]
+        assert formats["prefix"]["flops"] < formats["paired_packed"]["flops"] < formats["torchtune"]["flops"]
     # The last token of a response is a target only: torchtune reads it, a tree does not.
     assert results["workloads"][1]["formats"]["torchtune"]["num_tokens"] == 3 * (25 + 26)
     assert results["workloads"][1]["formats"]["prefix"]["num_tokens"] == 3 * (20 + 4 + 5)
-    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.count("prefix_packed") == 2
+
+    assert [(each["part"], each["prefix"]) for each in results["layers"]] == [
+        (part, prefix) for prefix in (16, 32) for part in ("mlp", "attention", "attention_layer")
+    ]
+    of_mlp = results["layers"][0]
+    assert of_mlp["ideal"] == 2 * (16 + 8) / (16 + 2 * 8)
+    assert [each["tokens"] for each in results["scaling"]["rows"]] == [512, 1024]
+    assert [each["examples"] for each in results["scaling"]["examples"]] == [1000, 2000]
+
+    for picture in ("steps", "layers", "scaling"):
+        assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert printed.count("prefix_packed") == 2
+    assert "attention_layer" in printed
+    assert printed.count("power") == 2
+
+
+def test_what_is_not_asked_for_is_not_measured(tmp_path):
+    benchmark(tmp_path, measure=["scaling"]).run()
+    assert "workloads" not in json.loads((tmp_path / "benchmark.json").read_text())
+    assert [file.name for file in tmp_path.glob("*.png")] == ["scaling.png"]
 
 
 def test_formats_that_disagree_are_not_timed(tmp_path):
-    run = benchmark(tmp_path)
-    right = run.formats[2]
-    run.formats[2] = dataclasses.replace(right, log_probs=lambda batch: right.log_probs(batch) * 1.01)
+    run = benchmark(tmp_path, measure=["steps"])
+    at = FORMATS.index("prefix")
+    right = run.formats[at]
+    run.formats[at] = dataclasses.replace(right, log_probs=lambda batch: right.log_probs(batch) * 1.01)
     with pytest.raises(
         UserError, match="prefix and torchtune differ by .* in a response's log-prob; nothing was timed"
     ):
@@ -64,14 +101,54 @@ def test_formats_that_disagree_are_not_timed(tmp_path):
     assert not (tmp_path / "benchmark.json").exists()
 
 
+def test_a_step_with_another_loss_stops_the_benchmark(tmp_path):
+    run = benchmark(tmp_path, measure=["steps"])
+    at = FORMATS.index("prefix")
+    right = run.formats[at]
+    run.formats[at] = dataclasses.replace(right, loss=lambda batch, reference: right.loss(batch, reference) * 1.01)
+    with pytest.raises(UserError, match="hh: the loss of prefix is"):
+        run.run()
+
+
 def test_all_formats_train_the_same_parameters(tmp_path):
     run = benchmark(tmp_path)
     pairs = run.pairs_of("hh")
-    reference = run.reference_log_probs(pairs)
+    reference = reference_like(run.check_log_probs(pairs))
+    for optimizer in run.optimizers.values():
+        optimizer.param_groups[0]["lr"] = 1e-3
     for form in run.formats:
-        before = [p.detach().clone() for p in run.model.parameters()]
+        before = [p.detach().clone() for p in form.model.parameters()]
         run.step(form, pairs, reference)
-        assert all((p != b).any() for p, b in zip(run.model.parameters(), before, strict=True)), form.name
+        assert all((p != b).any() for p, b in zip(form.model.parameters(), before, strict=True)), form.name
+        # All but TRL, whose model is transformers', share one model.
+        assert (form.model is run.model) == (form.name != "trl")
+
+
+def test_trl_is_left_out_with_a_note_where_it_is_not_installed(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "prefix_sharing.benchmark.trl", raising=False)
+    with caplog.at_level("WARNING", logger="prefix_sharing"):
+        formats = benchmark(tmp_path).formats
+    assert [form.name for form in formats] == [name for name in FORMATS if name != "trl"]
+    assert "pip install 'torchtune-prefix-sharing[bench]'" in caplog.text
+
+
+def test_matrix_products_are_counted_with_those_of_attention():
+    counted = []
+
+    def step():
+        with _Record() as record:
+            a, b = torch.randn(4, 8), torch.randn(8, 16, requires_grad=True)
+            (a @ b).sum().backward()
+            q, k, v = (torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3))
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+        counted.append(record.products)
+
+    step()
+    flops = {operands: 2 * math.prod(operands[0][0]) * operands[1][0][-1] * n for operands, n in counted[0].items()}
+    products = 2 * (2 * 4 * 8 * 16)  # forward, and the gradient of b
+    attention = (2 + 5) * (2 * 2 * 6 * 8 * 3)  # two heads, six queries that see three keys on average
+    assert sum(flops.values()) == products + attention
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path):
@@ -79,11 +156,21 @@ def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"), [({"formats": ["trees"]}, "there is no 'trees'"), ({}, "'alpaca' is neither")]
+    ("keys", "message"),
+    [
+        ({"formats": ["trees"]}, "there is no 'trees'"),
+        ({"measure": ["speed"]}, "there is no 'speed'"),
+        ({}, "'alpaca' is neither"),
+    ],
 )
 def test_what_there_is_not_is_said(tmp_path, keys, message):
     with pytest.raises(UserError, match=message):
         benchmark(tmp_path, workloads=["alpaca"], **keys).run()
+
+
+def test_a_step_takes_pairs_of_so_many_tokens():
+    prefix, chosen, rejected = draw_lengths("hh", pairs_in("hh", 5000))
+    assert abs((2 * prefix + chosen + rejected).sum() - 5000) < 500
 
 
 def test_lengths_have_the_medians_of_their_data_set():

@@ -46,7 +46,9 @@ def test_three_processes_and_an_uneven_last_step(tmp_path):
     # 64 examples in steps of 12: the last step has 4, two rows for three processes
     keys = {"dataset.num_pairs": 64, "max_steps_per_epoch": None, "dataset_val": None}
     run_in_process(tmp_path / "alone", **KEYS | keys | {"gradient_accumulation_steps": 6})
-    together = run_distributed(tmp_path / "together", 3, gradient_accumulation_steps=2, **keys)
+    together = run_distributed(
+        tmp_path / "together", 3, gradient_accumulation_steps=2, fsdp_sync_every_row=True, **keys
+    )
     assert len(losses(together)) == 6
     assert losses(together) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 

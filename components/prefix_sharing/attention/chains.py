@@ -30,9 +30,9 @@ class ChainsMask:
         piece_at = {start: piece for piece, start in enumerate(cuts)}
 
         self._query_sizes, self._key_pieces, self._masks = [], [], []
-        for chain, predictors in zip(chains, itertools.pairwise(row.predictors_of_chains), strict=True):
+        for chain, predictors in zip(chains, row.predictor_spans, strict=True):
             (start, end), ancestors = chain.span, chain.ancestors
-            size = predictors[1] - predictors[0] if at_predictors else end - start
+            size = sum(b - a for a, b in predictors) if at_predictors else end - start
             if size == 0:
                 continue
             self._query_sizes.append(size)
@@ -41,7 +41,8 @@ class ChainsMask:
             )
             num_ancestors = sum(b - a for a, b in ancestors)
             if at_predictors:
-                last_key = row.predictors[slice(*predictors)] - start + num_ancestors
+                first = sum(self._query_sizes[:-1])
+                last_key = row.predictors[first : first + size] - start + num_ancestors
                 keys = torch.arange(num_ancestors + end - start, device=last_key.device)
                 self._masks.append(keys <= last_key[:, None])
             else:

@@ -5,6 +5,7 @@ K and V are never expanded to the query heads. On CPU, FlexAttention has no back
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import flex_attention
@@ -30,11 +31,15 @@ class FlexMask:
         row (Row): the row, on the device that computes it.
         at_predictors (bool): whether the queries are those of ``row.predictors`` only, as in the last layer.
             Default: False, those of every row.
+        kernel_options (dict[str, Any] | None): see ``torch.nn.attention.flex_attention.flex_attention``. Default: None.
     """
 
-    def __init__(self, row: Row, *, at_predictors: bool = False) -> None:
+    def __init__(self, row: Row, *, at_predictors: bool = False, kernel_options: dict[str, Any] | None = None) -> None:
+        self._kernel_options = kernel_options
         self.block_mask = tree_block_mask(row.subtree_end, queries=row.predictors if at_predictors else None)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention of every row to the rows it may see; shapes as in ``ChainsMask.attend``."""
-        return _compiled_flex_attention()(q, k, v, block_mask=self.block_mask, enable_gqa=True)
+        return _compiled_flex_attention()(
+            q, k, v, block_mask=self.block_mask, enable_gqa=True, kernel_options=self._kernel_options
+        )

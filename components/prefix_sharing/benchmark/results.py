@@ -1,7 +1,6 @@
-"""Timings as a table, as JSON and as a picture."""
+"""What was measured, as text for a terminal."""
 
-import json
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,73 +33,82 @@ def summarize(seconds: dict[str, list[float]], num_pairs: int, baseline: str) ->
     return summary
 
 
-def as_table(workloads: list[dict[str, Any]]) -> str:
-    """The results for a terminal.
+def as_table(workloads: Sequence[dict[str, Any]]) -> str:
+    """The steps.
 
     Args:
-        workloads (list[dict[str, Any]]): ``name`` and ``formats`` of each, as in ``benchmark.json``.
+        workloads (Sequence[dict[str, Any]]): ``name`` and ``formats`` of each, as in ``benchmark.json``.
 
     Returns:
-        str: a line for each workload and format.
+        str: a line for each workload and format. ``products`` is the time of the step's bare matrix products over its
+        own, ``building`` that of planning and building its micro-batches.
     """
     lines = [
         f"{'workload':15} {'format':14} {'examples/s':>10} {'speed-up':>9} {'(rounds)':>12} {'tokens':>8} "
-        f"{'padding':>8} {'GFLOP':>8} {'memory':>9}"
+        f"{'padding':>8} {'GFLOP':>8} {'products':>8} {'building':>8} {'memory':>9}"
     ]
     for workload in workloads:
         for name, found in workload["formats"].items():
-            memory = found.get("peak_memory")
+            products, memory = found.get("matrix_share"), found.get("peak_memory")
             lines.append(
                 f"{workload['name']:15} {name:14} {found['examples_per_s']:10.2f} {found['speed_up']:8.2f}x "
                 f"{found['speed_up_lowest']:5.2f}-{found['speed_up_highest']:5.2f} {found['num_tokens']:8,} "
                 f"{1 - found['num_tokens'] / found['num_computed']:8.1%} {found['flops'] / 1e9:8.0f} "
-                + ("" if memory is None else f"{memory:6.2f} GiB")
+                + ("       -" if products is None else f"{products:8.2f}")
+                + f" {found['building_share']:8.2%} "
+                + ("" if memory is None else f"{memory:5.2f} GiB")
             )
     return "\n".join(lines)
 
 
-def save_results(output_dir: str, about: dict[str, Any], workloads: list[dict[str, Any]]) -> Path:
-    """Writes ``benchmark.json`` and ``benchmark.png``.
+def describe_layers(layers: Sequence[dict[str, Any]]) -> str:
+    """The parts of a layer.
 
     Args:
-        output_dir (str): where to.
-        about (dict[str, Any]): device, versions, model.
-        workloads (list[dict[str, Any]]): ``name`` and ``formats`` of each.
+        layers (Sequence[dict[str, Any]]): as ``time_layers`` returns them.
 
     Returns:
-        Path: the JSON file.
+        str: a line for each measurement.
     """
-    from matplotlib.figure import Figure
-
-    file = Path(output_dir) / "benchmark.json"
-    file.write_text(json.dumps({**about, "workloads": workloads}, indent=2) + "\n")
-
-    figure = Figure(figsize=(1.5 + 1.6 * len(workloads), 4), layout="constrained")
-    axes = figure.subplots()
-    names = list(workloads[0]["formats"])
-    width = 0.8 / len(names)
-    places = np.arange(len(workloads))
-    for i, name in enumerate(names):
-        found = [workload["formats"][name] for workload in workloads]
-        bars = axes.bar(
-            places + (i - (len(names) - 1) / 2) * width,
-            [each["speed_up"] for each in found],
-            width,
-            label=name,
-            yerr=np.array(
-                [
-                    (
-                        max(0.0, each["speed_up"] - each["speed_up_lowest"]),
-                        max(0.0, each["speed_up_highest"] - each["speed_up"]),
-                    )
-                    for each in found
-                ]
-            ).T,
+    lines = [f"{'part':16} {'backend':8} {'prompt':>7} {'response':>8} {'shared':>10} {'speed-up':>9} {'ideal':>7}"]
+    for each in layers:
+        lines.append(
+            f"{each['part']:16} {each['backend'] or '-':8} {each['prefix']:7,} {each['completion']:8,} "
+            f"{each['shared_s'] * 1e3:7.1f} ms {each['speed_up']:8.2f}x {each['ideal']:6.2f}x"
         )
-        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
-    axes.set_xticks(places, [workload["name"] for workload in workloads])
-    axes.set_ylabel(f"examples/s over {names[0]}'s")
-    axes.set_title(f"Training step, {about['model']}, {about['device']}", fontsize=10)
-    axes.legend(fontsize=8)
-    figure.savefig(file.with_suffix(".png"), dpi=150)
-    return file
+    return "\n".join(lines)
+
+
+def describe_growth(scaling: dict[str, Sequence[dict[str, Any]]]) -> str:
+    """How time grows.
+
+    Args:
+        scaling (dict[str, Sequence[dict[str, Any]]]): ``rows`` and ``examples``, as ``time_rows`` and ``time_examples``
+            return them.
+
+    Returns:
+        str: the times, and for each the power of the size with which it grows.
+    """
+    lines = []
+    for what, of in (("rows", "tokens"), ("examples", "examples")):
+        found = scaling[what]
+        names = [name for name in found[0] if name != of]
+        lines.append(f"{of:>10} " + " ".join(f"{name:>16}" for name in names))
+        lines += [f"{each[of]:10,} " + " ".join(f"{each[name]:16.6g}" for name in names) for each in found]
+        powers = exponents(found, of)
+        lines.append(f"{'power':>10} " + " ".join(f"{powers[name]:16.2f}" for name in names))
+    return "\n".join(lines)
+
+
+def exponents(found: Sequence[dict[str, Any]], of: str) -> dict[str, float]:
+    """With which power each quantity grows: the slope of its logarithm over that of ``of``.
+
+    Args:
+        found (Sequence[dict[str, Any]]): what ``time_rows`` or ``time_examples`` returned.
+        of (str): ``tokens`` or ``examples``.
+
+    Returns:
+        dict[str, float]: for each of the other quantities.
+    """
+    x = np.log([each[of] for each in found])
+    return {name: float(np.polyfit(x, np.log([each[name] for each in found]), 1)[0]) for name in found[0] if name != of}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prefix_sharing.rows.tree import Chain, PrefixTree, Response
+from prefix_sharing.rows.tree import Chain, PrefixTree, Response, Span
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class Row:
         predictor_offsets (list[int]): the scored tokens of predictor ``i`` are
             ``predictor_offsets[i]:predictor_offsets[i + 1]``, length p + 1.
         chains (list[Chain]): the attention as chains, in row order.
-        predictors_of_chains (list[int]): the predictors in chain ``c`` are
-            ``predictors_of_chains[c]:predictors_of_chains[c + 1]``.
+        predictor_spans (list[list[Span]]): the predictors of each chain, as spans of rows in row order.
         num_tokens (int): tokens that are not padding.
         paired_tokens (int): tokens the same examples need if nothing is shared.
     """
@@ -58,7 +57,7 @@ class Row:
     pairs: torch.Tensor
     predictor_offsets: list[int]
     chains: list[Chain]
-    predictors_of_chains: list[int]
+    predictor_spans: list[list[Span]]
     num_tokens: int
     paired_tokens: int
 
@@ -130,7 +129,7 @@ class Row:
             )
         # With no example, the first padding token is a chain: ranks that reduce gradients together all need some.
         chains = chains or [Chain((0, 1), [])]
-        ends = [0, *(chain.span[1] for chain in chains)]
+        bounds = np.searchsorted(unique_predictors, [chain.span[1] for chain in chains])
         return cls(
             tokens=torch.from_numpy(tokens)[None],
             input_pos=torch.from_numpy(input_pos)[None],
@@ -148,7 +147,7 @@ class Row:
             ),
             predictor_offsets=[0, *np.cumsum(counts).tolist()],
             chains=chains,
-            predictors_of_chains=np.searchsorted(unique_predictors, ends).tolist(),
+            predictor_spans=[_spans(of_chain) for of_chain in np.split(unique_predictors, bounds)[: len(chains)]],
             num_tokens=num_tokens,
             paired_tokens=sum(tree.paired_tokens for tree in trees),
         )
@@ -173,6 +172,12 @@ class Row:
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             object.__setattr__(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+
+
+def _spans(rows: np.ndarray) -> list[Span]:
+    """Ascending rows as runs of rows that follow one another."""
+    cuts = np.flatnonzero(np.diff(rows) != 1) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(rows, cuts) if len(run)]
 
 
 def bucket_length(num_tokens: int, multiple: int = 128) -> int:

@@ -96,7 +96,8 @@ class TrainingConfig:
         drop_last (bool): whether to leave out the last step of an epoch if it is incomplete.
         num_workers (int): processes that build rows ahead, on each rank; 0 builds them in the loop.
         share_prefix (bool): False computes every response on its own, for comparison.
-        attention_backend (str | None): ``flex`` or ``chains``. Default: None, chosen by device.
+        attention_backend (str | None): ``flex``, ``chains`` or ``varlen``. Default: None, chosen by device.
+        flex_kernel_options (dict[str, Any] | None): FlexAttention's ``kernel_options``, such as ``{BLOCK_M: 64}``.
         clip_grad_norm (float | None): largest norm of the gradient.
         compile (bool): whether to compile the layers.
         enable_activation_checkpointing (bool): trades time for memory.
@@ -136,6 +137,7 @@ class TrainingConfig:
     shuffle: bool = True
     share_prefix: bool = True
     attention_backend: str | None = None
+    flex_kernel_options: dict[str, Any] | None = None
     clip_grad_norm: float | None = None
     compile: bool = False
     enable_activation_checkpointing: bool = False
@@ -153,11 +155,14 @@ class DistributedConfig(TrainingConfig):
     Attributes:
         fsdp_cpu_offload (bool): keeps parameters, gradients and optimizer state in CPU memory; needs CUDA.
         fsdp_reshard_after_forward (bool): frees each layer's gathered parameters after its forward pass.
+        fsdp_sync_every_row (bool): adds up gradients over ranks after each row instead of once a step: more
+            communication, but no rank ever holds a gradient of the whole model.
         data_parallel_replicate_dim (int): groups of ranks with a full copy of the model each (HSDP); 1 shards over all.
     """
 
     fsdp_cpu_offload: bool = False
     fsdp_reshard_after_forward: bool = True
+    fsdp_sync_every_row: bool = False
     data_parallel_replicate_dim: int = 1
 
 

@@ -4,6 +4,7 @@ Every function here is a matter of course with one process, so that both recipes
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -144,6 +145,9 @@ def shard_model(
     for layer in model.layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)
+    for layer, following in itertools.pairwise(model.layers):
+        layer.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([layer])
     materialize(model, device, parameter_device=torch.device("cpu") if cpu_offload else device)
 
 

@@ -1,10 +1,12 @@
 """Metrics of the steps since the last entry of the log, over their rows and all ranks, under torchtune's names."""
 
 import contextlib
+import re
 import resource
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -100,5 +102,15 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     """
     if device.type == "cuda":
         return training.get_memory_stats(device)
+    return {"peak_memory_process": _peak_rss() / 1024**3}
+
+
+def _peak_rss() -> int:
+    """Most bytes of memory that this process has held."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would count what the parent held when it started this process.
+        kilobytes = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        return int(kilobytes[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
-    return {"peak_memory_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1024**3}
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

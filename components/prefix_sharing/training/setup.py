@@ -55,7 +55,9 @@ def set_up_device(cfg: DictConfig) -> torch.device:
         training.get_dtype(cfg.dtype, device)
     if cfg.enable_activation_offloading and device.type != "cuda":
         raise UserError(f"Config: enable_activation_offloading needs a CUDA device, but the device is {device.type}.")
-    choose_attention_backend(cfg.attention_backend, device)
+    backend = choose_attention_backend(cfg.attention_backend, device, compute_dtype(cfg))
+    if cfg.flex_kernel_options is not None and backend != "flex":
+        raise UserError(f"Config: flex_kernel_options: the attention backend is {backend}, which takes none.")
     try:
         Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.output_dir).close()
@@ -84,7 +86,8 @@ def build_model(cfg: DictConfig, device: torch.device) -> TreeTransformerDecoder
     """
     with torch.device("meta"):
         model = instantiate("model", cfg.model)
-    model = to_tree_model(model, choose_attention_backend(cfg.attention_backend, device))
+    backend = choose_attention_backend(cfg.attention_backend, device, compute_dtype(cfg))
+    model = to_tree_model(model, backend, cfg.flex_kernel_options)
     if cfg.compile:
         training.compile_model(model, verbose=is_rank_zero())
     if cfg.enable_activation_checkpointing:

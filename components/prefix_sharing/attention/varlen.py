@@ -1,0 +1,70 @@
+"""Tree attention as one call to FlashAttention over sequences of different lengths: CUDA, bf16.
+
+Every chain is one such sequence: its queries are its own rows, its keys those of its ancestors and its own, causal and
+aligned at the lower right. FlashAttention has to find the keys of a sequence side by side, so K and V are gathered once
+a layer, those of a shared prefix once for each chain below it.
+"""
+
+import functools
+import inspect
+import itertools
+
+import numpy as np
+import torch
+from torch.nn.attention.varlen import varlen_attn
+
+from prefix_sharing.rows import Row
+
+
+@functools.cache
+def has_grouped_queries() -> bool:
+    """Whether this torch's ``varlen_attn`` takes fewer heads of keys than of queries."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+class VarlenMask:
+    """The mask of one row, made once and used by every layer.
+
+    Args:
+        row (Row): the row, on the device that computes it.
+        at_predictors (bool): whether the queries are those of ``row.predictors`` only, as in the last layer. Those that
+            follow one another in a chain are then a sequence. Default: False, those of every row.
+    """
+
+    def __init__(self, row: Row, *, at_predictors: bool = False) -> None:
+        device = row.tokens.device
+        query_sizes, key_spans, key_sizes = [], [], []
+        for chain, predictors in zip(row.chains, row.predictor_spans, strict=True):
+            for start, end in predictors if at_predictors else [chain.span]:
+                spans = [*chain.ancestors, (chain.span[0], end)]
+                query_sizes.append(end - start)
+                key_spans += spans
+                key_sizes.append(sum(b - a for a, b in spans))
+        self._num_queries = sum(query_sizes)
+        self._max_queries, self._max_keys = max(query_sizes), max(key_sizes)
+
+        def offsets(sizes: list[int]) -> torch.Tensor:
+            values = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+            return values.to(device, non_blocking=True)
+
+        self._query_offsets, self._key_offsets = offsets(query_sizes), offsets(key_sizes)
+        keys = np.concatenate([np.arange(a, b) for a, b in key_spans])
+        self._keys = torch.from_numpy(keys).to(device, non_blocking=True)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention of the queries to the rows they may see; shapes as in ``ChainsMask.attend``."""
+        # [1, heads, s, head_dim] -> [s, heads, head_dim]
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        queries, padding = q.split([self._num_queries, len(q) - self._num_queries])
+        output = varlen_attn(
+            queries,
+            k.index_select(0, self._keys),
+            v.index_select(0, self._keys),
+            self._query_offsets,
+            self._key_offsets,
+            self._max_queries,
+            self._max_keys,
+            window_size=(-1, 0),
+            enable_gqa=True,
+        )
+        return torch.cat([output, torch.zeros_like(padding)]).transpose(0, 1)[None]

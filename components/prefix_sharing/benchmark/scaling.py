@@ -1,0 +1,169 @@
+"""How time grows with the tokens of a row and with the examples of a data set."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+import datasets
+from prefix_sharing.attention import mask_builder, rounding_of, tree_block_mask
+from prefix_sharing.benchmark.layers import one_pair
+from prefix_sharing.benchmark.workloads import draw_lengths, make_pairs
+from prefix_sharing.datasets import PrefixPreferenceDataset, StepLoader
+from prefix_sharing.datasets.tokenized import FEATURES, tokenized_example
+from prefix_sharing.model import TreeTransformerDecoder, forward_flops
+from prefix_sharing.rows import ExampleSizes, Plan, PrefixTree, Row, TreeSize
+
+_EXAMPLE = (256, 128)
+"""Prompt and response of each example of a row: 512 tokens."""
+
+_STEPS_LOADED = 20
+_EXAMPLES_PER_STEP = 64
+_DIFFERENT_EXAMPLES = 1000
+"""A larger data set repeats them: building a row costs the same."""
+
+
+def time_rows(
+    model: TreeTransformerDecoder,
+    device: torch.device,
+    num_tokens: Sequence[int],
+    autocast: torch.autocast,
+    progress: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """Times masks, attention and a whole forward and backward pass at several row lengths.
+
+    Args:
+        model (TreeTransformerDecoder): the model; checkpointed, if long rows are to fit into memory.
+        device (torch.device): where it is.
+        num_tokens (Sequence[int]): tokens a row, multiples of 512.
+        autocast (torch.autocast): the precision.
+        progress (Callable[[], None]): called once a length.
+
+    Returns:
+        list[dict[str, Any]]: ``tokens, chains_mask_s, block_mask_s, attention_s, step_s, attention_flops, step_flops``.
+    """
+    pair = one_pair(*_EXAMPLE)
+    size = TreeSize(*(np.array([n]) for n in PrefixTree.from_responses(pair).size))
+    flops_of_one = 3 * float(forward_flops(model, size)[0])
+    attn = model.layers[0].attn
+
+    def timed(work: Callable[[], Any]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def step(row: Row) -> None:
+        with autocast:
+            loss = model(row).log_probs.sum()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    new_chains = mask_builder("chains")
+    found = []
+    for length in num_tokens:
+        num_examples = length // 512
+        row = Row.from_examples([pair] * num_examples, round_length=rounding_of(model.attention_backend)).to(device)
+        heads = (attn.num_heads, attn.num_kv_heads, attn.num_kv_heads)
+        qkv = [
+            torch.randn(
+                1,
+                n,
+                row.tokens.shape[1],
+                attn.head_dim,
+                device=device,
+                dtype=torch.get_autocast_dtype(device.type) if autocast._enabled else torch.float32,
+                requires_grad=True,
+            )
+            for n in heads
+        ]
+        mask = model.new_mask(row)
+
+        def attention(mask: Any = mask, qkv: list[torch.Tensor] = qkv) -> None:
+            mask.attend(*qkv).sum().backward()
+
+        works = {
+            "chains_mask_s": lambda row=row: (new_chains(row), new_chains(row, at_predictors=True)),
+            "block_mask_s": lambda row=row: (
+                tree_block_mask(row.subtree_end),
+                tree_block_mask(row.subtree_end, queries=row.predictors),
+            ),
+            "attention_s": attention,
+            "step_s": lambda row=row: step(row),
+        }
+        seconds = {}
+        for name, work in works.items():
+            if name != "step_s" or length == min(num_tokens):
+                work()
+            seconds[name] = min(timed(work) for _ in range(1 if name == "step_s" else 3))
+        found.append(
+            {
+                "tokens": length,
+                **seconds,
+                "attention_flops": num_examples * 12.0 * attn.num_heads * attn.head_dim * float(size.num_visible[0]),
+                "step_flops": num_examples * flops_of_one,
+            }
+        )
+        progress()
+    return found
+
+
+def time_examples(num_examples: Sequence[int], pack_len: int, progress: Callable[[], None]) -> list[dict[str, Any]]:
+    """Times planning an epoch, opening a tokenized data set, and building rows.
+
+    Args:
+        num_examples (Sequence[int]): examples in the data set, multiples of 1,000.
+        pack_len (int): most tokens in a row.
+        progress (Callable[[], None]): called once a number.
+
+    Returns:
+        list[dict[str, Any]]: ``examples, plan_s, open_s, load_s``; the last is the time of a step's rows.
+    """
+    lengths = draw_lengths("hh", _DIFFERENT_EXAMPLES, longest=pack_len // 2)
+    rows = [
+        tokenized_example(
+            [response.tokens.tolist() for response in pair],
+            [response.scored.tolist() for response in pair],
+            [(0, 1)],
+            "",
+        )
+        for pair in make_pairs(lengths, vocab_size=1000)
+    ]
+    table = pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema)
+    found = []
+    for count in num_examples:
+        repeated = datasets.Dataset(pa.concat_tables([table] * (count // _DIFFERENT_EXAMPLES)))
+        start = time.perf_counter()
+        dataset = PrefixPreferenceDataset(repeated, "pairs of the benchmark", packed=True)
+        opened = time.perf_counter()
+        sizes = dataset.sizes()
+        plan = Plan(
+            sizes=ExampleSizes(sizes.num_tokens, sizes.num_tokens.astype(float), dataset.num_pairs),
+            examples_per_step=_EXAMPLES_PER_STEP,
+            pack_len=pack_len,
+            shuffle=True,
+        )
+        epoch = plan.epoch()
+        for _ in epoch:
+            pass
+        planned = time.perf_counter()
+        steps = StepLoader(torch.device("cpu"))(dataset, epoch)
+        num_steps = min(_STEPS_LOADED, len(epoch))
+        for _ in range(num_steps):
+            next(steps)
+        found.append(
+            {
+                "examples": count,
+                "open_s": opened - start,
+                "plan_s": planned - opened,
+                "load_s": (time.perf_counter() - planned) / num_steps,
+            }
+        )
+        progress()
+    return found
