@@ -70,7 +70,7 @@ class BenchmarkConfig:
         longest (int): most tokens in a sequence.
         beta (float): of the DPO loss.
         rounds (int): measurements that count, after one that does not.
-        measure_memory (bool): whether to run a step of each format in a process of its own for its peak memory.
+        measure_memory (bool): whether to take a step of each format in a process of its own for its peak memory.
         prefix_lengths (list[int]): prompts of ``layers``.
         completion_lengths (list[int]): responses of ``layers``.
         layer_backends (list[str]): attention backends of ``layers``.
@@ -232,7 +232,7 @@ class PrefixDPOBenchmark:
                 "flops": sum(batch.flops for batch in batches),
                 "building_share": statistics.median(building) / found["seconds"],
             }
-            if self.device.type == "cpu":
+            if self.device.type == "cpu" and form.in_rows:
                 step = functools.partial(self.step, form, pairs, reference)
                 found["matrix_share"] = seconds_of_matrix_products(step, cfg.rounds) / found["seconds"]
             if cfg.measure_memory:
@@ -247,7 +247,7 @@ class PrefixDPOBenchmark:
         return make_pairs(lengths, self.model.tok_embeddings.num_embeddings, cfg.seed)
 
     def memory_of(self, workload: str, form: str) -> float:
-        """Peak memory in GiB of a process that takes two steps in one format."""
+        """Peak memory in GiB of a process that takes a step in one format."""
         cfg = OmegaConf.merge(self.cfg, {"workloads": [workload], "formats": [form]})
         command = [sys.executable, "-m", __name__ if __name__ != "__main__" else Path(__file__).stem, "--memory"]
         done = subprocess.run(command, input=OmegaConf.to_yaml(cfg), capture_output=True, text=True, check=True)
@@ -332,12 +332,16 @@ def reference_like(log_probs: torch.Tensor) -> torch.Tensor:
 
 
 def measure_memory() -> None:
-    """Takes two steps of the config on standard input, and prints the peak memory in GiB."""
+    """Takes a step of the config on standard input, and prints the peak memory in GiB."""
     benchmark = PrefixDPOBenchmark(OmegaConf.create(sys.stdin.read()))
     pairs = benchmark.pairs_of(benchmark.cfg.workloads[0])
-    reference = torch.zeros(len(pairs), 2, device=benchmark.device)
-    for _ in range(2):
-        benchmark.step(benchmark.formats[0], pairs, reference)
+    (form,) = benchmark.formats
+    # As after an earlier step: AdamW has its state.
+    for parameter in form.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    benchmark.optimizers[form.model].step()
+    benchmark.optimizers[form.model].zero_grad(set_to_none=True)
+    benchmark.step(form, pairs, torch.zeros(len(pairs), 2, device=benchmark.device))
     print(json.dumps(max(peak_memory(benchmark.device).values())))
 
 

@@ -60,6 +60,7 @@ class Format:
         log_probs (Callable[[MicroBatch], torch.Tensor]): of chosen and rejected, shape ``[P, 2]``.
         loss (Callable[[MicroBatch, torch.Tensor], torch.Tensor]): the sum over the pairs of a micro-batch, given the
             reference log-probs of all pairs, shape ``[N, 2]``.
+        in_rows (bool): whether a micro-batch is a ``Row``.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Format:
     micro_batches: Callable[[Pairs], list[MicroBatch]]
     log_probs: Callable[[MicroBatch], torch.Tensor]
     loss: Callable[[MicroBatch, torch.Tensor], torch.Tensor]
+    in_rows: bool = True
 
 
 def build_formats(
@@ -149,7 +151,7 @@ def build_formats(
         return torchtunes_dpo(*log_probs, *reference[batch.pairs].unbind(1))[0].sum()
 
     formats = [
-        Format("torchtune", plain, padded, log_probs_of_padded, loss_of_padded),
+        Format("torchtune", plain, padded, log_probs_of_padded, loss_of_padded, in_rows=False),
         Format("paired_packed", plain, rows(share_prefix=False, packed=True), log_probs_of_row, loss_of_row),
         Format("prefix", plain, rows(share_prefix=True, packed=False), log_probs_of_row, loss_of_row),
         Format("prefix_packed", plain, rows(share_prefix=True, packed=True), log_probs_of_row, loss_of_row),

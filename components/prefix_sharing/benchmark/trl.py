@@ -76,7 +76,7 @@ def build_trl_format(plain: TransformerDecoder, device: torch.device, *, batch_s
         inputs = {**batch.inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         return trainer.compute_loss(trainer.model, inputs) * len(batch.pairs)
 
-    return Format("trl", trainer.model, micro_batches, log_probs, loss)
+    return Format("trl", trainer.model, micro_batches, log_probs, loss, in_rows=False)
 
 
 def _as_transformers_model(plain: TransformerDecoder) -> LlamaForCausalLM:
