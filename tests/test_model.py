@@ -11,7 +11,7 @@ from torchtune.models.gemma2 import gemma2
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.models.phi3 import phi3
 
-from plain import FAMILIES, VOCAB, in_double, plain_log_probs, plain_num_scored, response, rows_of_examples
+from plain import DIMS, FAMILIES, VOCAB, in_double, plain_log_probs, plain_num_scored, response, rows_of_examples
 from prefix_sharing import scoring
 from prefix_sharing.errors import UserError
 from prefix_sharing.model import to_tree_model
@@ -86,19 +86,21 @@ def test_every_family_equals_its_plain_forward(family, precision):
 
 
 def test_chunked_projection_changes_nothing(monkeypatch):
-    monkeypatch.setattr(scoring, "CHUNK_SIZE", 3)
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 3 * VOCAB)
     tokens = torch.randint(0, VOCAB, (3, 12)).tolist()
     row_examples = [[response([5, 6, *t], [0, 1, *[1] * 12]) for t in tokens]]
     assert_equals_plain("llama3", "chains", "fp64", row_examples, share_prefix=True, padding=0)
 
 
-def test_chunked_projection_keeps_the_logits_of_no_chunk(monkeypatch):
-    monkeypatch.setattr(scoring, "CHUNK_SIZE", 4)
+def test_chunked_projection_keeps_the_logits_of_the_last_chunk_only(monkeypatch):
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 4 * VOCAB)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         _, tree = models("llama3", "chains", "fp32")
         tree(Row.from_examples([[response(range(20), [1] * 20)]]))
-    assert not any(shape[-1:] == (VOCAB,) for shape in kept)
+    # 19 tokens predict one: four chunks of four, and three. The weights are kept, too.
+    weights = (DIMS["embed_dim"], VOCAB)
+    assert [shape for shape in kept if shape[-1:] == (VOCAB,) and shape != weights] == [(3, VOCAB)]
 
 
 def test_a_row_of_padding_has_zero_gradients_everywhere():

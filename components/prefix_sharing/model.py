@@ -131,7 +131,9 @@ class TreeTransformerDecoder(TransformerDecoder):
         mask = self.new_mask(row, at_predictors=True)
         h = last_layer(h, mask=mask, input_pos=row.input_pos, rows=row.predictors)
         h = self.norm(h[0])
-        return ResponseLogProbs(response_log_probs(self.output, h, row), row.num_scored)
+        return ResponseLogProbs(
+            response_log_probs(self.output, h, row, self.tok_embeddings.num_embeddings), row.num_scored
+        )
 
 
 def to_tree_model(

@@ -12,17 +12,20 @@ from torch.utils.checkpoint import checkpoint
 
 from prefix_sharing.rows import Row
 
-CHUNK_SIZE = 512
-"""Hidden states projected at a time: 256 MB of fp32 logits with a vocabulary of 128k."""
+LOGITS_AT_ONCE = 2**26
+"""Most logits that stand in memory at once, 256 MiB of fp32: those of 512 hidden states with a vocabulary of 128k."""
 
 
-def response_log_probs(project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, row: Row) -> torch.Tensor:
+def response_log_probs(
+    project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, row: Row, vocab_size: int
+) -> torch.Tensor:
     """Sums the log-probs of each response's scored tokens.
 
     Args:
         project (Callable[[torch.Tensor], torch.Tensor]): the model's output projection, ``[n, dim] -> [n, vocab]``.
         hidden (torch.Tensor): normalized hidden states of the rows in ``row.predictors``, shape ``[p, dim]``.
         row (Row): the row, on the device of ``hidden``.
+        vocab_size (int): logits that the projection makes of a hidden state.
 
     Returns:
         torch.Tensor: log-probs in fp32 (fp64 if the logits are), shape ``[E, K]``; 0 where nothing is scored.
@@ -32,13 +35,15 @@ def response_log_probs(project: Callable[[torch.Tensor], torch.Tensor], hidden: 
         return _TargetLogProbs.apply(project(hidden), predictor, target)
 
     num_predictors = hidden.shape[0]
+    chunk_size = max(1, LOGITS_AT_ONCE // vocab_size)
     token_log_probs = []
-    for first in range(0, max(num_predictors, 1), CHUNK_SIZE):
-        last = min(first + CHUNK_SIZE, num_predictors)
+    for first in range(0, max(num_predictors, 1), chunk_size):
+        last = min(first + chunk_size, num_predictors)
         tokens = slice(row.predictor_offsets[first], row.predictor_offsets[last])
         inputs = hidden[first:last], row.scored_predictor[tokens] - first, row.scored_target[tokens]
-        if num_predictors > CHUNK_SIZE and torch.is_grad_enabled():
-            # The backward projects the chunk once more instead of keeping its logits.
+        if last < num_predictors and torch.is_grad_enabled():
+            # The backward projects the chunk once more instead of keeping its logits. It begins with the last chunk,
+            # which may as well keep them.
             token_log_probs.append(checkpoint(score, *inputs, use_reentrant=False))
         else:
             token_log_probs.append(score(*inputs))
