@@ -48,7 +48,8 @@ from prefix_sharing.benchmark.workloads import draw_lengths, make_pairs, pairs_i
 from prefix_sharing.config import instantiate
 from prefix_sharing.errors import UserError
 from prefix_sharing.model import TreeTransformerDecoder, to_tree_model
-from prefix_sharing.training import clip_grad_norm, parse, peak_memory, set_up_logging
+from prefix_sharing.training import clip_grad_norm, memory_by_part, parse, peak_memory, set_up_logging
+from prefix_sharing.training.memory import checkpoint_activations
 
 log = logging.getLogger("prefix_sharing.recipe")
 
@@ -236,7 +237,7 @@ class PrefixDPOBenchmark:
                 step = functools.partial(self.step, form, pairs, reference)
                 found["matrix_share"] = seconds_of_matrix_products(step, cfg.rounds) / found["seconds"]
             if cfg.measure_memory:
-                found["peak_memory"] = self.memory_of(name, form.name)
+                found |= self.memory_of(name, form.name)
         return {"name": name, "pairs": len(pairs), "formats": summary}
 
     def pairs_of(self, workload: str) -> Pairs:
@@ -246,8 +247,8 @@ class PrefixDPOBenchmark:
         lengths = draw_lengths(workload, num_pairs, cfg.seed, cfg.longest)
         return make_pairs(lengths, self.model.tok_embeddings.num_embeddings, cfg.seed)
 
-    def memory_of(self, workload: str, form: str) -> float:
-        """Peak memory in GiB of a process that takes a step in one format."""
+    def memory_of(self, workload: str, form: str) -> dict[str, float]:
+        """Peak memory in GiB of a process that takes a step in one format, whole and by part."""
         cfg = OmegaConf.merge(self.cfg, {"workloads": [workload], "formats": [form]})
         command = [sys.executable, "-m", __name__ if __name__ != "__main__" else Path(__file__).stem, "--memory"]
         done = subprocess.run(command, input=OmegaConf.to_yaml(cfg), capture_output=True, text=True, check=True)
@@ -287,7 +288,7 @@ class PrefixDPOBenchmark:
         """Times longer and longer rows, and larger and larger data sets."""
         cfg = self.cfg
         model: TreeTransformerDecoder = to_tree_model(self.new_model(), self.backend)
-        training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
+        checkpoint_activations(model, "full")
         with tqdm(total=len(cfg.tokens_per_row) + len(cfg.num_examples), desc="Scaling", unit="size") as progress:
             return {
                 "rows": time_rows(model, self.device, cfg.tokens_per_row, self.autocast, progress.update),
@@ -332,7 +333,7 @@ def reference_like(log_probs: torch.Tensor) -> torch.Tensor:
 
 
 def measure_memory() -> None:
-    """Takes a step of the config on standard input, and prints the peak memory in GiB."""
+    """Takes a step of the config on standard input, and prints its peak memory, whole and by part, in GiB."""
     benchmark = PrefixDPOBenchmark(OmegaConf.create(sys.stdin.read()))
     pairs = benchmark.pairs_of(benchmark.cfg.workloads[0])
     (form,) = benchmark.formats
@@ -342,7 +343,8 @@ def measure_memory() -> None:
     benchmark.optimizers[form.model].step()
     benchmark.optimizers[form.model].zero_grad(set_to_none=True)
     benchmark.step(form, pairs, torch.zeros(len(pairs), 2, device=benchmark.device))
-    print(json.dumps(max(peak_memory(benchmark.device).values())))
+    parts = memory_by_part(form.model, benchmark.optimizers[form.model])
+    print(json.dumps({"peak_memory": max(peak_memory(benchmark.device).values()), **parts}))
 
 
 @parse(BenchmarkConfig)

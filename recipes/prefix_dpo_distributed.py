@@ -39,6 +39,7 @@ from prefix_sharing.training import (
     load_training_state,
     load_weights,
     log_plan,
+    memory_by_part,
     parse,
     peak_memory,
     reshard,
@@ -185,7 +186,7 @@ class PrefixDPORecipeDistributed:
                 if self.global_step % cfg.log_every_n_steps == 0:
                     values = metrics.compute() | {"lr": lr, "grad_norm": grad_norm.item()}
                     if cfg.log_peak_memory_stats:
-                        values |= peak_memory(self.device)
+                        values |= peak_memory(self.device) | memory_by_part(self.model, self.optimizer)
                     if is_rank_zero():
                         self.metric_logger.log_dict(values, step=self.global_step)
                     progress.set_postfix(loss=f"{values['loss']:.4f}", accuracy=f"{values['rewards/accuracies']:.2f}")

@@ -37,6 +37,7 @@ from prefix_sharing.training import (
     load_weights,
     log_plan,
     materialize,
+    memory_by_part,
     parse,
     peak_memory,
     save_checkpoint,
@@ -162,7 +163,7 @@ class PrefixDPORecipeSingleDevice:
                 if self.global_step % cfg.log_every_n_steps == 0:
                     values = metrics.compute() | {"lr": lr, "grad_norm": grad_norm.item()}
                     if cfg.log_peak_memory_stats:
-                        values |= peak_memory(self.device)
+                        values |= peak_memory(self.device) | memory_by_part(self.model, self.optimizer)
                     self.metric_logger.log_dict(values, step=self.global_step)
                     progress.set_postfix(loss=f"{values['loss']:.4f}", accuracy=f"{values['rewards/accuracies']:.2f}")
                     metrics = StepMetrics(self.device)

@@ -152,7 +152,11 @@ def test_matrix_products_are_counted_with_those_of_attention():
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path):
-    assert 0.1 < benchmark(tmp_path).memory_of("20,5,6", "prefix") < 10
+    parts = benchmark(tmp_path).memory_of("20,5,6", "prefix")
+    assert 0.1 < parts["peak_memory"] < 10
+    # AdamW has two numbers and a step count a parameter.
+    assert parts["memory_gradients"] == parts["memory_parameters"]
+    assert parts["memory_optimizer_state"] == pytest.approx(2 * parts["memory_parameters"], rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ def test_defaults_are_filled_in():
         ({"clip_grad_norm": 0}, "clip_grad_norm must be positive"),
         ({"shuffle": "perhaps"}, "shuffle: Value 'perhaps'"),
         ({"enable_activation_offloading": True}, "needs enable_activation_checkpointing"),
+        ({"ac_mode": "selective"}, "ac_mode: selective needs enable_activation_checkpointing"),
+        ({"ac_mode": "some", "enable_activation_checkpointing": True}, "ac_mode must be full or selective"),
         ({"output_dir": "${nowhere}"}, "Interpolation key 'nowhere' not found"),
         ({"output_dir": "???"}, "these keys are missing: output_dir"),
         ({"dataset.num_pairs": "???"}, "these keys are missing: dataset.num_pairs"),

@@ -4,7 +4,8 @@ from prefix_sharing.training.checkpoint import load_checkpoint, load_training_st
 from prefix_sharing.training.config import DistributedConfig, TrainingConfig, check_config, parse
 from prefix_sharing.training.distributed import init_process_group, is_rank_zero, materialize, reshard, shard_model
 from prefix_sharing.training.evaluation import evaluate
-from prefix_sharing.training.metrics import StepMetrics, peak_memory
+from prefix_sharing.training.memory import memory_by_part, peak_memory
+from prefix_sharing.training.metrics import StepMetrics
 from prefix_sharing.training.plan import build_loader, build_plan, build_val_plan, log_plan
 from prefix_sharing.training.setup import (
     build_dataset,
@@ -40,6 +41,7 @@ __all__ = [
     "load_weights",
     "log_plan",
     "materialize",
+    "memory_by_part",
     "parse",
     "peak_memory",
     "reshard",

@@ -101,9 +101,10 @@ class TrainingConfig:
         clip_grad_norm (float | None): largest norm of the gradient.
         compile (bool): whether to compile the layers.
         enable_activation_checkpointing (bool): trades time for memory.
+        ac_mode (str): with it, ``full`` computes everything again, ``selective`` keeps what attention gave.
         enable_activation_offloading (bool): keeps activations in CPU memory; needs CUDA and checkpointing.
         log_every_n_steps (int): steps between log entries.
-        log_peak_memory_stats (bool): whether to log peak memory.
+        log_peak_memory_stats (bool): whether to log peak memory, and that of parameters, gradients and optimizer state.
         resume_from_checkpoint (bool): goes on from the last epoch saved in ``output_dir``.
         reference (ReferenceConfig): where reference log-probs come from.
     """
@@ -141,6 +142,7 @@ class TrainingConfig:
     clip_grad_norm: float | None = None
     compile: bool = False
     enable_activation_checkpointing: bool = False
+    ac_mode: str = "full"
     enable_activation_offloading: bool = False
     log_every_n_steps: int = 1
     log_peak_memory_stats: bool = False
@@ -278,6 +280,10 @@ def _check_values(cfg: DictConfig) -> None:
         raise UserError(f"Config: clip_grad_norm must be positive, but is {cfg.clip_grad_norm}.")
     if cfg.run_val_every_n_steps is not None and cfg.dataset_val is None:
         raise UserError("Config: run_val_every_n_steps is set, but there is no dataset_val to evaluate.")
+    if cfg.ac_mode not in ("full", "selective"):
+        raise UserError(f"Config: ac_mode must be full or selective, but is {cfg.ac_mode}.")
+    if cfg.ac_mode == "selective" and not cfg.enable_activation_checkpointing:
+        raise UserError("Config: ac_mode: selective needs enable_activation_checkpointing: True.")
     if cfg.enable_activation_offloading and not cfg.enable_activation_checkpointing:
         raise UserError("Config: enable_activation_offloading needs enable_activation_checkpointing: True.")
 

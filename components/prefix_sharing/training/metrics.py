@@ -1,16 +1,11 @@
 """Metrics of the steps since the last entry of the log, over their rows and all ranks, under torchtune's names."""
 
 import contextlib
-import re
-import resource
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torchtune import training
 
 from prefix_sharing.losses import PairwiseLoss, take_pairs
 from prefix_sharing.model import ResponseLogProbs
@@ -89,28 +84,3 @@ class StepMetrics:
         metrics["tokens_per_second_per_gpu"] = num_tokens / seconds / world_size
         metrics["tokens_saved"] = 1 - num_tokens / max(paired_tokens, 1)
         return metrics
-
-
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """Peak memory in GiB, under torchtune's names on CUDA, of the process elsewhere.
-
-    Args:
-        device (torch.device): where the model runs.
-
-    Returns:
-        dict[str, float]: the metrics.
-    """
-    if device.type == "cuda":
-        return training.get_memory_stats(device)
-    return {"peak_memory_process": _peak_rss() / 1024**3}
-
-
-def _peak_rss() -> int:
-    """Most bytes of memory that this process has held."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # getrusage would count what the parent held when it started this process.
-        kilobytes = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        return int(kilobytes[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchtune import modules, training, utils
+from torchtune import training, utils
 
 from prefix_sharing.attention import choose_attention_backend
 from prefix_sharing.config import explained, instantiate
@@ -21,6 +21,7 @@ from prefix_sharing.datasets import PrefixPreferenceDataset
 from prefix_sharing.errors import UserError
 from prefix_sharing.model import TreeTransformerDecoder, to_tree_model
 from prefix_sharing.training.distributed import is_rank_zero, rank_zero_first
+from prefix_sharing.training.memory import checkpoint_activations
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def build_model(cfg: DictConfig, device: torch.device) -> TreeTransformerDecoder
     if cfg.compile:
         training.compile_model(model, verbose=is_rank_zero())
     if cfg.enable_activation_checkpointing:
-        training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
+        checkpoint_activations(model, cfg.ac_mode)
     return model
 
 
