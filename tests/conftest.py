@@ -32,17 +32,22 @@ def _own_datasets_cache(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
 
 
-def plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+def plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
     """What FlashAttention computes, a sequence at a time: causal, aligned at the lower right."""
-    assert window_size == (-1, 0)
+    before, after = window_size
+    assert after == 0
     assert enable_gqa
     outputs, sizes = [], []
     for (a, b), (c, d) in zip(
         itertools.pairwise(cu_seq_q.tolist()), itertools.pairwise(cu_seq_k.tolist()), strict=True
     ):
-        visible = torch.ones(b - a, d - c, dtype=torch.bool).tril((d - c) - (b - a))
+        shift = (d - c) - (b - a)
+        visible = torch.ones(b - a, d - c, dtype=torch.bool).tril(shift)
+        if before >= 0:
+            visible = visible.triu(shift - before)
         q, k, v = (x.transpose(0, 1)[None] for x in (query[a:b], key[c:d], value[c:d]))
-        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)[0].transpose(0, 1))
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
+        outputs.append(output[0].transpose(0, 1))
         sizes.append((b - a, d - c))
     assert (max_q, max_k) == tuple(map(max, zip(*sizes, strict=True)))
     assert (b, d) == (len(query), len(key))

@@ -6,11 +6,16 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import nn
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+from torchtune.models.gemma import gemma
+from torchtune.models.gemma.rms_norm import GemmaRMSNorm
+from torchtune.models.gemma2 import gemma2
+from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.models.llama2 import llama2
 from torchtune.models.llama3 import llama3
 from torchtune.models.llama3_1 import llama3_1
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.models.mistral import mistral
+from torchtune.models.phi3 import phi3
 from torchtune.models.qwen2 import qwen2
 from torchtune.modules import RMSNorm
 from torchtune.rlhf import get_batch_log_probs
@@ -26,6 +31,18 @@ FAMILIES = {
     "llama3_1": lambda: llama3_1(**DIMS, intermediate_dim=24),
     "llama3_2_tied": lambda: llama3_2(**DIMS, intermediate_dim=24),
     "mistral": lambda: mistral(**DIMS, intermediate_dim=24),
+    "phi3": lambda: phi3(**DIMS, intermediate_dim=24),
+    "gemma": lambda: gemma(**DIMS, head_dim=6, intermediate_dim=24),
+    # Sequences are longer than the window, and the caps low enough to matter.
+    "gemma2": lambda: gemma2(
+        **DIMS,
+        head_dim=6,
+        intermediate_dim=24,
+        sliding_window_size=5,
+        hidden_capping_value=2.0,
+        final_capping_value=3.0,
+        query_pre_attn_scalar=3,
+    ),
     "qwen2": lambda: qwen2(**DIMS, intermediate_dim=24),
     "qwen2_tied": lambda: qwen2(**DIMS, intermediate_dim=24, tie_word_embeddings=True),
 }
@@ -36,6 +53,31 @@ class _RMSNormInAnyPrecision(RMSNorm):
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.scale, self.eps)
+
+
+class _GemmaRMSNormInAnyPrecision(GemmaRMSNorm):
+    """The same for Gemma's."""
+
+    def forward(self, x):
+        return self._norm(x) * (1 + self.scale)
+
+
+class _Gemma2AttentionInAnyPrecision(Gemma2Attention):
+    """torchtune's attention of Gemma 2 without its cast of scores to fp32."""
+
+    def forward(self, x, y, *, mask=None, input_pos=None):
+        length = x.shape[1]
+        q, k, v = (proj(x).view(1, length, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = (self.pos_embeddings(z, input_pos=input_pos) for z in (q, k))
+        k, v = (z.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2) for z in (k, v))
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) * self.scaling
+        scores = self.softcapping * torch.tanh(scores / self.softcapping)
+        i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
+        visible = j <= i
+        if self.sliding_window_size is not None:
+            visible &= i - j < self.sliding_window_size
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        return self.output_proj(torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2))
 
 
 class _RotationInAnyPrecision(nn.Module):
@@ -59,6 +101,10 @@ def in_double(model):
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.__class__ = _RMSNormInAnyPrecision
+        elif isinstance(module, GemmaRMSNorm):
+            module.__class__ = _GemmaRMSNormInAnyPrecision
+        elif type(module) is Gemma2Attention:
+            module.__class__ = _Gemma2AttentionInAnyPrecision
     for layer in model.layers:
         layer.attn.pos_embeddings = _RotationInAnyPrecision(
             layer.attn.pos_embeddings.float(), layer.attn.head_dim, model.max_seq_len

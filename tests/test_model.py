@@ -6,10 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchtune.models.gemma import gemma
-from torchtune.models.gemma2 import gemma2
 from torchtune.models.llama3_2 import llama3_2
-from torchtune.models.phi3 import phi3
+from torchtune.models.llama3_2_vision import llama3_2_vision_decoder
+from torchtune.modules.model_fusion import DeepFusionModel
 
 from plain import DIMS, FAMILIES, VOCAB, in_double, plain_log_probs, plain_num_scored, response, rows_of_examples
 from prefix_sharing import scoring
@@ -85,6 +84,21 @@ def test_every_family_equals_its_plain_forward(family, precision):
     check()
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gemma2_with_flex_equals_its_plain_forward(on_cpu, precision):
+    @settings(max_examples=8)
+    @given(rows_of_examples())
+    def check(row_examples):
+        assert_equals_plain("gemma2", "flex", precision, row_examples, share_prefix=True, padding=1)
+
+    check()
+
+
+def test_gemma2_is_refused_by_a_backend_that_cannot_cap_scores():
+    with pytest.raises(UserError, match="varlen cannot cap attention scores as Gemma 2 does; use flex or chains"):
+        to_tree_model(FAMILIES["gemma2"](), "varlen")
+
+
 def test_chunked_projection_changes_nothing(monkeypatch):
     monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 3 * VOCAB)
     tokens = torch.randint(0, VOCAB, (3, 12)).tolist()
@@ -129,9 +143,14 @@ def test_log_probs_are_reduced_in_fp32_under_bf16_autocast():
 @pytest.mark.parametrize(
     ("build", "part"),
     [
-        (lambda d: gemma(**d, head_dim=4, intermediate_dim=24), "GemmaNormEmbeddings"),
-        (lambda d: gemma2(**d, head_dim=4, intermediate_dim=24), "GemmaNormEmbeddings"),
-        (lambda d: phi3(**d, intermediate_dim=24), "Phi3RotaryPositionalEmbeddings"),
+        (
+            lambda d: DeepFusionModel(decoder=llama3_2(**d), encoder=torch.nn.Identity()),
+            "the model is a DeepFusionModel",
+        ),
+        (
+            lambda d: llama3_2_vision_decoder(**d, fusion_interval=1, num_special_tokens=2, encoder_max_seq_len=4),
+            "a FusionEmbedding",
+        ),
         (lambda d: llama3_2(**d, attn_dropout=0.1), "attn_dropout above 0"),
     ],
 )

@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torchtune.models.gemma.gemma_norm_embedding import GemmaNormEmbeddings
+from torchtune.models.gemma.rms_norm import GemmaRMSNorm
+from torchtune.models.gemma2._attention import Gemma2Attention
+from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
 from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
+from torchtune.models.phi3 import Phi3RotaryPositionalEmbeddings
 from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
 from torchtune.modules import (
     FeedForward,
@@ -28,7 +33,9 @@ from prefix_sharing.errors import UserError
 from prefix_sharing.rows import Row, TreeSize
 from prefix_sharing.scoring import response_log_probs
 
-SUPPORTED_FAMILIES = "llama2, llama3, llama3_1, llama3_2, mistral, qwen2 and qwen2_5"
+SUPPORTED_FAMILIES = (
+    "llama2, code_llama2, llama3, llama3_1, llama3_2, llama3_3, mistral, phi3, phi4, gemma, gemma2, qwen2 and qwen2_5"
+)
 
 
 class ResponseLogProbs(NamedTuple):
@@ -43,8 +50,12 @@ class ResponseLogProbs(NamedTuple):
     num_scored: torch.Tensor
 
 
-class TreeAttention(MultiHeadAttention):
-    """torchtune's attention with a tree mask in place of its own; K and V are never expanded."""
+class _AttentionOverTree:
+    """Attention with a tree mask; K and V are never expanded."""
+
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
 
     def forward(
         self,
@@ -72,8 +83,31 @@ class TreeAttention(MultiHeadAttention):
         v = self.v_proj(y).view(1, -1, self.num_kv_heads, self.head_dim)
         q = self.pos_embeddings(q, input_pos=query_pos).transpose(1, 2)
         k = self.pos_embeddings(k, input_pos=input_pos).transpose(1, 2)
-        output = _attend(mask, q, k, v.transpose(1, 2))
+        output = _attend(mask, q, k, v.transpose(1, 2), self.scale, self.softcap)
         return self.output_proj(output.transpose(1, 2).flatten(2))
+
+
+class TreeAttention(_AttentionOverTree, MultiHeadAttention):
+    """torchtune's attention over a tree."""
+
+
+class TreeGemma2Attention(_AttentionOverTree, Gemma2Attention):
+    """torchtune's attention of Gemma 2 over a tree, its window over positions instead of row indices."""
+
+    @property
+    def window(self) -> int | None:
+        """How many positions a token may see."""
+        return self.sliding_window_size
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied with."""
+        return self.scaling
+
+    @property
+    def softcap(self) -> float | None:
+        """What scores are bounded to."""
+        return self.softcapping
 
 
 class TreeTransformerLayer(TransformerSelfAttentionLayer):
@@ -98,14 +132,16 @@ class TreeTransformerLayer(TransformerSelfAttentionLayer):
         query_pos = input_pos
         if rows is not None:
             queries, x, query_pos = (t.index_select(1, rows) for t in (keys, x, input_pos))
-        x = x + self.attn(queries, keys, mask=mask, input_pos=input_pos, query_pos=query_pos)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.sa_scale(self.attn(queries, keys, mask=mask, input_pos=input_pos, query_pos=query_pos))
+        return x + self.mlp_scale(self.mlp(self.mlp_norm(x)))
 
 
 @torch.compiler.disable(recursive=False)
-def _attend(mask: TreeMask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _attend(
+    mask: TreeMask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, softcap: float | None
+) -> torch.Tensor:
     # A layer that is compiled must not be compiled anew for the chains of every row; FlexAttention is compiled anyway.
-    return mask.attend(q, k, v)
+    return mask.attend(q, k, v, scale=scale, softcap=softcap)
 
 
 class TreeTransformerDecoder(TransformerDecoder):
@@ -123,12 +159,13 @@ class TreeTransformerDecoder(TransformerDecoder):
         Returns:
             ResponseLogProbs: log-probs and numbers of scored tokens, each of shape ``[E, K]``.
         """
-        h, mask = self.tok_embeddings(row.tokens), self.new_mask(row)
+        h = self.tok_embeddings(row.tokens)
         *layers, last_layer = self.layers
+        masks = {window: self.new_mask(row, window=window) for window in {layer.attn.window for layer in layers}}
         for layer in layers:
-            h = layer(h, mask=mask, input_pos=row.input_pos)
+            h = layer(h, mask=masks[layer.attn.window], input_pos=row.input_pos)
         # Nothing attends to what the last layer makes of a row, so it is computed only where it predicts something.
-        mask = self.new_mask(row, at_predictors=True)
+        mask = self.new_mask(row, at_predictors=True, window=last_layer.attn.window)
         h = last_layer(h, mask=mask, input_pos=row.input_pos, rows=row.predictors)
         h = self.norm(h[0])
         return ResponseLogProbs(
@@ -155,9 +192,11 @@ def to_tree_model(
         UserError: if the model has parts whose arithmetic tree attention does not cover.
     """
     _refuse_unsupported(model)
+    if attention_backend == "varlen" and any(isinstance(layer.attn, Gemma2Attention) for layer in model.layers):
+        raise UserError("attention_backend: varlen cannot cap attention scores as Gemma 2 does; use flex or chains.")
     for layer in model.layers:
         layer.__class__ = TreeTransformerLayer
-        layer.attn.__class__ = TreeAttention
+        layer.attn.__class__ = TreeGemma2Attention if isinstance(layer.attn, Gemma2Attention) else TreeAttention
     model.__class__ = TreeTransformerDecoder
     model.attention_backend = attention_backend
     model.new_mask = mask_builder(attention_backend, kernel_options)
@@ -197,23 +236,25 @@ def _refuse_unsupported(model: nn.Module) -> None:
             )
 
     require("the model", model, TransformerDecoder)
-    require("tok_embeddings", model.tok_embeddings, nn.Embedding)
-    require("norm", model.norm, RMSNorm)
+    norms = (RMSNorm, GemmaRMSNorm)
+    require("tok_embeddings", model.tok_embeddings, nn.Embedding, GemmaNormEmbeddings)
+    require("norm", model.norm, *norms, Gemma2FinalNorm)
     require("output", model.output, nn.Linear, TiedLinear)
     for i, layer in enumerate(model.layers):
         prefix = f"layers.{i}"
         require(prefix, layer, TransformerSelfAttentionLayer)
-        require(f"{prefix}.sa_norm", layer.sa_norm, RMSNorm)
-        require(f"{prefix}.mlp_norm", layer.mlp_norm, RMSNorm)
-        require(f"{prefix}.sa_scale", layer.sa_scale, nn.Identity)
-        require(f"{prefix}.mlp_scale", layer.mlp_scale, nn.Identity)
+        require(f"{prefix}.sa_norm", layer.sa_norm, *norms)
+        require(f"{prefix}.mlp_norm", layer.mlp_norm, *norms)
+        require(f"{prefix}.sa_scale", layer.sa_scale, nn.Identity, *norms)
+        require(f"{prefix}.mlp_scale", layer.mlp_scale, nn.Identity, *norms)
         require(f"{prefix}.mlp", layer.mlp, FeedForward)
-        require(f"{prefix}.attn", layer.attn, MultiHeadAttention)
+        require(f"{prefix}.attn", layer.attn, MultiHeadAttention, Gemma2Attention)
         require(
             f"{prefix}.attn.pos_embeddings",
             layer.attn.pos_embeddings,
             RotaryPositionalEmbeddings,
             Llama3ScaledRoPE,
+            Phi3RotaryPositionalEmbeddings,
             Qwen2RotaryPositionalEmbeddings,
         )
         for projection in ("q_proj", "k_proj", "v_proj", "output_proj"):

@@ -77,6 +77,39 @@ def test_compiled_flex_forward_uses_the_block_mask(length):
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
+@MASKS
+def test_a_window_goes_over_positions(on_cpu, mask_class):
+    @settings(max_examples=25)
+    @given(rows_of_examples(), st.integers(1, 12), st.booleans())
+    def check(row_examples, window, at_predictors):
+        row = Row.from_examples(row_examples)
+        q, k, v = random_qkv(row.tokens.shape[1], torch.float64)
+        i, j = torch.arange(row.num_tokens)[:, None], torch.arange(row.num_tokens)[None, :]
+        position = row.input_pos[0]
+        visible = (j <= i) & (i < row.subtree_end[None, :]) & (position[:, None] - position[None, :] < window)
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=0.3, enable_gqa=True)
+        queries = q
+        if at_predictors:
+            expected, queries = (x.index_select(2, row.predictors) for x in (expected, q))
+        mask = mask_class(row, at_predictors=at_predictors, window=window)
+        assert_same(mask.attend(queries, k, v, scale=0.3), expected, (q, k, v), 1e-12)
+
+    check()
+
+
+@pytest.mark.parametrize("mask_class", [ChainsMask, FlexMask])
+def test_scores_are_capped(on_cpu, mask_class):
+    prompt = list(range(9))
+    row = Row.from_examples([[response([*prompt, *a], [0] * 9 + [1] * 4) for a in ([10] * 4, [11] * 4)]])
+    q, k, v = random_qkv(row.num_tokens, torch.float64)
+    i, j = torch.arange(row.num_tokens)[:, None], torch.arange(row.num_tokens)[None, :]
+    visible = (j <= i) & (i < row.subtree_end[None, :])
+    keys, values = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
+    scores = 1.5 * torch.tanh(q @ keys.transpose(-1, -2) * 2.0 / 1.5)
+    expected = scores.masked_fill(~visible, float("-inf")).softmax(-1) @ values
+    assert_same(mask_class(row).attend(q, k, v, scale=2.0, softcap=1.5), expected, (q, k, v), 1e-12)
+
+
 def test_chains_leave_padding_at_zero():
     row = Row.from_examples([[response([1, 2, 3], [0, 1, 1])]], round_length=lambda n: 5)
     output = ChainsMask(row).attend(*random_qkv(5, torch.float32))

@@ -67,14 +67,19 @@ def test_all_padding(length):
 
 
 @settings(max_examples=60)
-@given(rows_of_examples(), st.integers(0, 40), st.sampled_from([2, 4]))
-def test_queries_at_some_rows_meet_every_block_they_see(row_examples, padding, block_size):
+@given(rows_of_examples(), st.integers(0, 40), st.sampled_from([2, 4]), st.booleans(), st.none() | st.integers(1, 12))
+def test_queries_at_some_rows_and_within_a_window_meet_every_block_they_see(
+    row_examples, padding, block_size, at_predictors, window
+):
     row = Row.from_examples(row_examples, round_length=lambda n: n + padding + 1)
-    end, at, length = row.subtree_end, row.predictors, len(row.subtree_end)
-    ours = tree_block_mask(end, block_size, queries=at)
+    end, length, position = row.subtree_end, len(row.subtree_end), row.input_pos[0]
+    at = row.predictors if at_predictors else torch.arange(length)
+    ours = tree_block_mask(end, block_size, queries=at if at_predictors else None, positions=position, window=window)
     assert ours.seq_lengths == (len(at), length)
     keys = torch.arange(-(-length // block_size) * block_size)
     visible = (keys <= at[:, None]) & (at[:, None] < torch.cat([end, keys[length:] * 0]))
+    if window is not None:
+        visible[:, :length] &= position[at][:, None] - position < window
     for q, (full, partial) in enumerate(zip(blocks(ours, "full"), blocks(ours, "partial"), strict=True)):
         of_block = visible[q * block_size : (q + 1) * block_size].unflatten(1, (-1, block_size))
         # What is taken as seen whole is seen whole; what is looked at token by token may be more than need be.

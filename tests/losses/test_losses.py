@@ -6,9 +6,17 @@ import pytest
 import torch
 from torchtune.rlhf.loss import DPOLoss as TorchtuneDPOLoss
 
-from prefix_sharing.losses import DPOLoss, ORPOLoss, SimPOLoss
+from prefix_sharing.losses import CPOLoss, DPOLoss, ORPOLoss, SimPOLoss
+from prefix_sharing.losses.dpo import LOSS_TYPES
 
 COUNTS = torch.tensor([[4, 2], [1, 5], [7, 7]])
+
+EVERY_LOSS = [
+    *(DPOLoss(loss_type=loss_type, label_smoothing=0.1 * (loss_type == "exo_pair")) for loss_type in LOSS_TYPES),
+    SimPOLoss(),
+    ORPOLoss(),
+    CPOLoss(),
+]
 
 
 def random_pairs(scale=20.0):
@@ -97,7 +105,7 @@ def test_orpo_weighs_pairs_alike_whatever_their_lengths():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("loss", [DPOLoss(), SimPOLoss(), ORPOLoss()])
+@pytest.mark.parametrize("loss", EVERY_LOSS)
 def test_extreme_log_probs_give_finite_losses_and_gradients(loss, dtype):
     ends = [0.0, -1e-30, -1e-8, -1.0, -1e4, -1e8]
     log_probs = torch.tensor([[a, b] for a in ends for b in ends], dtype=dtype, requires_grad=True)
@@ -108,32 +116,50 @@ def test_extreme_log_probs_give_finite_losses_and_gradients(loss, dtype):
         assert value.isfinite().all()
 
 
-@pytest.mark.parametrize("loss", [DPOLoss(), SimPOLoss(), ORPOLoss()])
+@pytest.mark.parametrize("loss", EVERY_LOSS)
 def test_gradients_are_those_of_finite_differences(loss):
     policy, reference = random_pairs(3.0)
     policy.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: loss(x, COUNTS, reference).losses, policy)
 
 
-@pytest.mark.parametrize("loss", [DPOLoss(), SimPOLoss(), ORPOLoss()])
+@pytest.mark.parametrize("loss", EVERY_LOSS)
 def test_pairwise_losses_refuse_other_than_pairs(loss):
     three = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="needs pairs, but there are 3 values"):
         loss(three, torch.ones(2, 3), three)
 
 
-@pytest.mark.parametrize("loss", [DPOLoss(), SimPOLoss(), ORPOLoss()])
+@pytest.mark.parametrize("loss", EVERY_LOSS)
 def test_no_examples_have_no_losses(loss):
     none = torch.zeros(0, 2)
     assert loss(none, none, none).losses.shape == (0,)
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: DPOLoss(beta=0), lambda: SimPOLoss(beta=-1), lambda: ORPOLoss(-1), lambda: DPOLoss(0.1, 0.5)]
+    "make",
+    [
+        lambda: DPOLoss(beta=0),
+        lambda: SimPOLoss(beta=-1),
+        lambda: ORPOLoss(-1),
+        lambda: DPOLoss(0.1, 0.5),
+        lambda: CPOLoss(beta=0),
+        lambda: CPOLoss(cpo_alpha=-1),
+        lambda: DPOLoss(loss_type="aot"),
+        lambda: DPOLoss(f_divergence="total_variation"),
+        lambda: DPOLoss(rpo_alpha=-1),
+    ],
 )
 def test_parameters_out_of_range_are_refused(make):
     with pytest.raises(ValueError, match="must"):
         make()
+
+
+def test_what_does_not_go_together_is_refused():
+    with pytest.raises(ValueError, match="does not go with loss_type apo_zero"):
+        DPOLoss(loss_type="apo_zero", f_divergence="forward_kl")
+    with pytest.raises(ValueError, match="exo_pair needs a label_smoothing above 0"):
+        DPOLoss(loss_type="exo_pair")
 
 
 def test_only_dpo_needs_a_reference():

@@ -10,7 +10,13 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 
-def tree_block_mask(subtree_end: torch.Tensor, block_size: int = 128, queries: torch.Tensor | None = None) -> BlockMask:
+def tree_block_mask(
+    subtree_end: torch.Tensor,
+    block_size: int = 128,
+    queries: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    window: int | None = None,
+) -> BlockMask:
     """Builds the mask that ``create_block_mask`` would find by trying every pair of tokens.
 
     Args:
@@ -20,6 +26,9 @@ def tree_block_mask(subtree_end: torch.Tensor, block_size: int = 128, queries: t
         queries (torch.Tensor | None): the rows that look, ascending, shape ``[p]``. A block of them is then judged by
             its first and its last row, so some blocks are looked at token by token that need not be. Default: None,
             all rows.
+        positions (torch.Tensor | None): position of each token in its response, shape ``[s]``; needed with ``window``.
+            Default: None.
+        window (int | None): how many positions a token may see, its own included. Default: None, all.
 
     Returns:
         BlockMask: for one row and all heads, on the device of ``subtree_end``.
@@ -42,9 +51,17 @@ def tree_block_mask(subtree_end: torch.Tensor, block_size: int = 128, queries: t
     seen = (first_key[None, :] <= last_query[:, None]) & (end.amax(1)[None, :] > first_query[:, None])
     full = (last_key[None, :] <= first_query[:, None]) & (end.amin(1)[None, :] > last_query[:, None])
 
+    if window is not None:
+        of_keys = _by_block(positions, block_size)
+        of_queries = of_keys if queries is None else _by_block(positions[queries], block_size)
+        # The nearest and the farthest that a key of the block can be, in positions.
+        seen &= of_queries.amin(1)[:, None] - of_keys.amax(1)[None, :] < window
+        full &= of_queries.amax(1)[:, None] - of_keys.amin(1)[None, :] < window
+
     def visible(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
         row = q_idx if queries is None else queries[q_idx]
-        return (kv_idx <= row) & (row < subtree_end[kv_idx])
+        in_subtree = (kv_idx <= row) & (row < subtree_end[kv_idx])
+        return in_subtree if window is None else in_subtree & (positions[row] - positions[kv_idx] < window)
 
     return BlockMask.from_kv_blocks(
         *_counts_and_indices(seen & ~full),
@@ -53,6 +70,12 @@ def tree_block_mask(subtree_end: torch.Tensor, block_size: int = 128, queries: t
         mask_mod=visible,
         seq_lengths=(length if queries is None else len(queries), length),
     )
+
+
+def _by_block(values: torch.Tensor, block_size: int) -> torch.Tensor:
+    """As ``[n, block_size]``, the last block filled up with the last value."""
+    missing = -len(values) % block_size
+    return torch.cat([values, values[-1:].expand(missing)]).view(-1, block_size)
 
 
 def _counts_and_indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

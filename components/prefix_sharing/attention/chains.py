@@ -18,9 +18,10 @@ class ChainsMask:
         row (Row): the row.
         at_predictors (bool): whether the queries are those of ``row.predictors`` only, as in the last layer.
             Default: False, those of every row.
+        window (int | None): how many positions a token may see, its own included. Default: None, all.
     """
 
-    def __init__(self, row: Row, *, at_predictors: bool = False) -> None:
+    def __init__(self, row: Row, *, at_predictors: bool = False, window: int | None = None) -> None:
         length = row.tokens.shape[1]
         chains = row.chains
         # Keys are split wherever a chain begins or a set of ancestors ends, and put together again for each chain.
@@ -39,23 +40,39 @@ class ChainsMask:
             self._key_pieces.append(
                 [piece for a, b in (*ancestors, chain.span) for piece in range(piece_at[a], piece_at[b])]
             )
+            # The keys of a chain are a path from the root: the position of each is its index.
             num_ancestors = sum(b - a for a, b in ancestors)
+            num_keys = num_ancestors + end - start
+            if num_ancestors == 0 and not at_predictors and (window is None or num_keys <= window):
+                self._masks.append(None)  # plain causal attention
+                continue
+            rows = torch.arange(start, end, device=row.tokens.device)
             if at_predictors:
                 first = sum(self._query_sizes[:-1])
-                last_key = row.predictors[first : first + size] - start + num_ancestors
-                keys = torch.arange(num_ancestors + end - start, device=last_key.device)
-                self._masks.append(keys <= last_key[:, None])
-            else:
-                self._masks.append(_lower_right(size, num_ancestors, row))
+                rows = row.predictors[first : first + size]
+            position = (rows - start + num_ancestors)[:, None]
+            keys = torch.arange(num_keys, device=rows.device)
+            visible = keys <= position
+            self._masks.append(visible if window is None else visible & (keys > position - window))
         self._padding = 0 if at_predictors else length - sum(self._query_sizes)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
         """Attention of the queries to the rows they may see.
 
         Args:
             q (torch.Tensor): queries, shape ``[1, heads, s, head_dim]``, or ``p`` in place of s.
             k (torch.Tensor): keys, shape ``[1, kv_heads, s, head_dim]``.
             v (torch.Tensor): values, shape ``[1, kv_heads, s, head_dim]``.
+            scale (float | None): what scores are multiplied with. Default: None, ``head_dim ** -0.5``.
+            softcap (float | None): bounds scores to ``softcap * tanh(score / softcap)``, as in Gemma 2. Default: None.
 
         Returns:
             torch.Tensor: the shape of ``q``; zero at padding.
@@ -63,17 +80,16 @@ class ChainsMask:
         # split, not slices: the backward of a slice fills a whole row with zeros.
         *queries, padding = q.split([*self._query_sizes, self._padding], dim=2)
         keys, values = k.split(self._key_sizes, dim=2), v.split(self._key_sizes, dim=2)
-        outputs = [
-            F.scaled_dot_product_attention(
-                query,
-                _join(keys, pieces),
-                _join(values, pieces),
-                attn_mask=mask,
-                is_causal=mask is None,
-                enable_gqa=True,
-            )
-            for query, pieces, mask in zip(queries, self._key_pieces, self._masks, strict=True)
-        ]
+        outputs = []
+        for query, pieces, mask in zip(queries, self._key_pieces, self._masks, strict=True):
+            key, value = _join(keys, pieces), _join(values, pieces)
+            if softcap is None:
+                attended = F.scaled_dot_product_attention(
+                    query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+                )
+            else:
+                attended = _softcapped_attention(query, key, value, mask, scale, softcap)
+            outputs.append(attended)
         return torch.cat([*outputs, torch.zeros_like(padding)], dim=2)
 
 
@@ -81,9 +97,14 @@ def _join(pieces: tuple[torch.Tensor, ...], indices: list[int]) -> torch.Tensor:
     return torch.cat([pieces[i] for i in indices], dim=2) if len(indices) > 1 else pieces[indices[0]]
 
 
-def _lower_right(num_queries: int, num_ancestors: int, row: Row) -> torch.Tensor | None:
-    """Causal mask aligned at the lower right, or None where plain causal attention is the same."""
-    if num_ancestors == 0:
-        return None
-    ones = torch.ones(num_queries, num_ancestors + num_queries, dtype=torch.bool, device=row.tokens.device)
-    return ones.tril(num_ancestors)
+def _softcapped_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, softcap: float
+) -> torch.Tensor:
+    """What scaled dot product attention cannot do; holds the scores of one chain."""
+    num_queries, num_keys, num_groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    if mask is None:
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril()
+    k, v = (x.repeat_interleave(num_groups, dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * (scores / softcap).tanh()
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v

@@ -31,15 +31,53 @@ class FlexMask:
         row (Row): the row, on the device that computes it.
         at_predictors (bool): whether the queries are those of ``row.predictors`` only, as in the last layer.
             Default: False, those of every row.
+        window (int | None): how many positions a token may see, its own included. Default: None, all.
         kernel_options (dict[str, Any] | None): see ``torch.nn.attention.flex_attention.flex_attention``. Default: None.
     """
 
-    def __init__(self, row: Row, *, at_predictors: bool = False, kernel_options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        row: Row,
+        *,
+        at_predictors: bool = False,
+        window: int | None = None,
+        kernel_options: dict[str, Any] | None = None,
+    ) -> None:
         self._kernel_options = kernel_options
-        self.block_mask = tree_block_mask(row.subtree_end, queries=row.predictors if at_predictors else None)
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attention of every row to the rows it may see; shapes as in ``ChainsMask.attend``."""
-        return _compiled_flex_attention()(
-            q, k, v, block_mask=self.block_mask, enable_gqa=True, kernel_options=self._kernel_options
+        self.block_mask = tree_block_mask(
+            row.subtree_end,
+            queries=row.predictors if at_predictors else None,
+            positions=row.input_pos[0],
+            window=window,
         )
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Attention of every row to the rows it may see; arguments as of ``ChainsMask.attend``."""
+        return _compiled_flex_attention()(
+            q,
+            k,
+            v,
+            score_mod=None if softcap is None else _capped_at(softcap),
+            block_mask=self.block_mask,
+            scale=scale,
+            enable_gqa=True,
+            kernel_options=self._kernel_options,
+        )
+
+
+@functools.cache
+def _capped_at(softcap: float) -> Callable[..., torch.Tensor]:
+    """The same function each time, so that attention is not compiled anew."""
+
+    def capped(score: torch.Tensor, *indices: torch.Tensor) -> torch.Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped

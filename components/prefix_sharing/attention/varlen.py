@@ -29,9 +29,12 @@ class VarlenMask:
         row (Row): the row, on the device that computes it.
         at_predictors (bool): whether the queries are those of ``row.predictors`` only, as in the last layer. Those that
             follow one another in a chain are then a sequence. Default: False, those of every row.
+        window (int | None): how many positions a token may see, its own included. Default: None, all.
     """
 
-    def __init__(self, row: Row, *, at_predictors: bool = False) -> None:
+    def __init__(self, row: Row, *, at_predictors: bool = False, window: int | None = None) -> None:
+        # The keys of a chain are a path from the root, so positions and places in the sequence are the same.
+        self._window_size = (-1 if window is None else window - 1, 0)
         device = row.tokens.device
         query_sizes, key_spans, key_sizes = [], [], []
         for chain, predictors in zip(row.chains, row.predictor_spans, strict=True):
@@ -51,8 +54,22 @@ class VarlenMask:
         keys = np.concatenate([np.arange(a, b) for a, b in key_spans])
         self._keys = torch.from_numpy(keys).to(device, non_blocking=True)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attention of the queries to the rows they may see; shapes as in ``ChainsMask.attend``."""
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Attention of the queries to the rows they may see; arguments as of ``ChainsMask.attend``.
+
+        Raises:
+            NotImplementedError: if scores are to be capped, which this kernel cannot do.
+        """
+        if softcap is not None:
+            raise NotImplementedError("varlen_attn cannot cap scores")
         # [1, heads, s, head_dim] -> [s, heads, head_dim]
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         queries, padding = q.split([self._num_queries, len(q) - self._num_queries])
@@ -64,7 +81,8 @@ class VarlenMask:
             self._key_offsets,
             self._max_queries,
             self._max_keys,
-            window_size=(-1, 0),
+            scale=scale,
+            window_size=self._window_size,
             enable_gqa=True,
         )
         return torch.cat([output, torch.zeros_like(padding)]).transpose(0, 1)[None]

@@ -4,9 +4,10 @@ Each has ``needs_reference``, which says whether it wants the last, and returns 
 the pairs off what the model returns for responses.
 """
 
+from prefix_sharing.losses.cpo import CPOLoss
 from prefix_sharing.losses.dpo import DPOLoss
 from prefix_sharing.losses.orpo import ORPOLoss
 from prefix_sharing.losses.pairs import PairwiseLoss, take_pairs
 from prefix_sharing.losses.simpo import SimPOLoss
 
-__all__ = ["DPOLoss", "ORPOLoss", "PairwiseLoss", "SimPOLoss", "take_pairs"]
+__all__ = ["CPOLoss", "DPOLoss", "ORPOLoss", "PairwiseLoss", "SimPOLoss", "take_pairs"]

@@ -1,36 +1,104 @@
-"""Direct preference optimization."""
+"""Direct preference optimization and its relatives, which compare log-ratios of the policy to the reference."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from prefix_sharing.losses.pairs import PairwiseLoss, chosen_and_rejected
+from prefix_sharing.losses.pairs import PairwiseLoss, average_log_probs, chosen_and_rejected
+
+
+def _log_sigmoid(h: torch.Tensor, eps: float) -> torch.Tensor:
+    return -(1 - eps) * F.logsigmoid(h) - eps * F.logsigmoid(-h)
+
+
+def _robust(h: torch.Tensor, eps: float) -> torch.Tensor:
+    return (-(1 - eps) * F.logsigmoid(h) + eps * F.logsigmoid(-h)) / (1 - 2 * eps)
+
+
+def _exo_pair(h: torch.Tensor, eps: float) -> torch.Tensor:
+    right = torch.sigmoid(h) * (F.logsigmoid(h) - math.log1p(-eps))
+    return right + torch.sigmoid(-h) * (F.logsigmoid(-h) - math.log(eps))
+
+
+# Of h, beta times the difference of the two scores, and of label_smoothing.
+_OF_DIFFERENCE: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "sigmoid": _log_sigmoid,
+    "sigmoid_norm": _log_sigmoid,
+    "hinge": lambda h, eps: torch.relu(1 - h),
+    "robust": _robust,
+    "exo_pair": _exo_pair,
+}
+
+# Of the rewards of chosen and rejected, beta times their log-ratios, and of beta.
+_OF_REWARDS: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {
+    "bco_pair": lambda c, r, beta: -F.logsigmoid(c) - F.logsigmoid(-r),
+    "nca_pair": lambda c, r, beta: -F.logsigmoid(c) - 0.5 * F.logsigmoid(-c) - 0.5 * F.logsigmoid(-r),
+    "sppo_hard": lambda c, r, beta: ((c - 0.5) ** 2 + (r + 0.5) ** 2) / beta**2,
+    "apo_zero": lambda c, r, beta: torch.sigmoid(-c) + torch.sigmoid(r),
+    "apo_down": lambda c, r, beta: torch.sigmoid(c) + torch.sigmoid(r - c),
+}
+
+_NORMALIZED = ("sigmoid_norm", "ipo")
+"""What compares log-ratios per token."""
+
+LOSS_TYPES = (*_OF_DIFFERENCE, "ipo", *_OF_REWARDS)
+
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
 @dataclass(frozen=True)
 class DPOLoss:
-    r"""The sigmoid loss of `Direct Preference Optimization <https://arxiv.org/abs/2305.18290>`_.
+    r"""The loss of `Direct Preference Optimization <https://arxiv.org/abs/2305.18290>`_, or one of its relatives.
 
-    With :math:`h = \log\frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)} - \log\frac{\pi(y_l|x)}{\pi_{ref}(y_l|x)}`:
+    With the log-ratios :math:`w = \log\frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)}` of the chosen and :math:`l` of the rejected
+    response, and :math:`h = \beta (w - l)`:
 
-    .. math::
-        L = -(1 - \epsilon) \log\sigma(\beta h) - \epsilon \log\sigma(-\beta h)
+    ================ ======================================================================== =====================
+    ``loss_type``    loss                                                                     from
+    ================ ======================================================================== =====================
+    ``sigmoid``      :math:`-(1 - \epsilon) \log\sigma(h) - \epsilon \log\sigma(-h)`           arXiv 2305.18290
+    ``sigmoid_norm`` the same of log-ratios per scored token                                  arXiv 2411.15124
+    ``hinge``        :math:`\max(0, 1 - h)`                                                   arXiv 2309.06657
+    ``ipo``          :math:`(w - l - \frac{1}{2\beta})^2` of log-ratios per scored token       arXiv 2310.12036
+    ``robust``       ``sigmoid`` less the expected effect of wrong labels                     arXiv 2403.00409
+    ``exo_pair``     :math:`KL(p_\theta \| p_{r})` over the pair                              arXiv 2402.00856
+    ``bco_pair``     :math:`-\log\sigma(\beta w) - \log\sigma(-\beta l)`                       arXiv 2404.04656
+    ``nca_pair``     :math:`-\log\sigma(\beta w) - \frac12 (\log\sigma(-\beta w) +
+                     \log\sigma(-\beta l))`                                                   arXiv 2402.05369
+    ``sppo_hard``    :math:`(w - \frac{1}{2\beta})^2 + (l + \frac{1}{2\beta})^2`              arXiv 2405.00675
+    ``apo_zero``     :math:`\sigma(-\beta w) + \sigma(\beta l)`                               arXiv 2408.06266
+    ``apo_down``     :math:`\sigma(\beta w) + \sigma(\beta (l - w))`                          arXiv 2408.06266
+    ================ ======================================================================== =====================
 
-    The reward of a response is :math:`\beta \log(\pi / \pi_{ref})`.
+    The reward of a response is :math:`\beta \log(\pi / \pi_{ref})`, per scored token where the loss is.
 
     Args:
         beta (float): how strongly the policy is held to the reference; 0.1 to 0.5 are usual. Default: 0.1.
         label_smoothing (float): probability :math:`\epsilon` that a preference is the wrong way round, as in
-            `conservative DPO <https://ericmitchell.ai/cdpo.pdf>`_. Default: 0.0.
+            `conservative DPO <https://ericmitchell.ai/cdpo.pdf>`_; for ``sigmoid``, ``sigmoid_norm``, ``robust`` and
+            ``exo_pair``, which needs it. Default: 0.0.
+        loss_type (str): see the table. Default: ``sigmoid``.
+        f_divergence (str): what holds the policy to the reference, of `f-DPO <https://arxiv.org/abs/2309.16240>`_:
+            ``reverse_kl``, ``forward_kl``, ``js_divergence`` or ``alpha_divergence``; for losses of :math:`h`.
+            Default: ``reverse_kl``.
+        f_alpha (float): of ``alpha_divergence``; 1 is ``reverse_kl``. Default: 0.5.
+        rpo_alpha (float): weight of the negative log-likelihood of the chosen response, per scored token, that `RPO
+            <https://arxiv.org/abs/2404.19733>`_ adds. Default: 0.0.
 
     Raises:
-        ValueError: if ``beta`` is not positive or ``label_smoothing`` not in [0, 0.5).
+        ValueError: if an argument is out of range, or two do not go together.
     """
 
     beta: float = 0.1
     label_smoothing: float = 0.0
+    loss_type: str = "sigmoid"
+    f_divergence: str = "reverse_kl"
+    f_alpha: float = 0.5
+    rpo_alpha: float = 0.0
 
     needs_reference: ClassVar[bool] = True
 
@@ -39,6 +107,16 @@ class DPOLoss:
             raise ValueError(f"beta must be positive, not {self.beta}.")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}.")
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, not {self.loss_type}.")
+        if self.f_divergence not in F_DIVERGENCES:
+            raise ValueError(f"f_divergence must be one of {', '.join(F_DIVERGENCES)}, not {self.f_divergence}.")
+        if self.f_divergence != "reverse_kl" and self.loss_type in _OF_REWARDS:
+            raise ValueError(f"f_divergence {self.f_divergence} does not go with loss_type {self.loss_type}.")
+        if self.loss_type == "exo_pair" and self.label_smoothing == 0:
+            raise ValueError("loss_type exo_pair needs a label_smoothing above 0; its paper recommends 0.001.")
+        if self.rpo_alpha < 0:
+            raise ValueError(f"rpo_alpha must not be negative, but is {self.rpo_alpha}.")
 
     def __call__(
         self, log_probs: torch.Tensor, num_scored: torch.Tensor, reference_log_probs: torch.Tensor
@@ -47,13 +125,34 @@ class DPOLoss:
 
         Args:
             log_probs (torch.Tensor): summed log-probs under the policy, chosen first, shape ``[P, 2]``.
-            num_scored (torch.Tensor): number of scored tokens, shape ``[P, 2]``; not used.
+            num_scored (torch.Tensor): number of scored tokens, shape ``[P, 2]``; needed by what is per token.
             reference_log_probs (torch.Tensor): summed log-probs under the reference, shape ``[P, 2]``.
 
         Returns:
             PairwiseLoss: losses and rewards, each of shape ``[P]``.
         """
-        chosen_rewards, rejected_rewards = chosen_and_rejected(self.beta * (log_probs - reference_log_probs))
-        logits = chosen_rewards - rejected_rewards
-        losses = -(1 - self.label_smoothing) * F.logsigmoid(logits) - self.label_smoothing * F.logsigmoid(-logits)
-        return PairwiseLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
+        log_ratios = log_probs - reference_log_probs
+        scores = self._scores(log_ratios)
+        if self.loss_type in _NORMALIZED:
+            log_ratios, scores = (average_log_probs(values, num_scored) for values in (log_ratios, scores))
+        chosen, rejected = chosen_and_rejected(self.beta * log_ratios)
+        difference = scores[:, 0] - scores[:, 1]
+        if self.loss_type == "ipo":
+            losses = (difference - 1 / (2 * self.beta)) ** 2
+        elif self.loss_type in _OF_DIFFERENCE:
+            losses = _OF_DIFFERENCE[self.loss_type](self.beta * difference, self.label_smoothing)
+        else:
+            losses = _OF_REWARDS[self.loss_type](chosen, rejected, self.beta)
+        if self.rpo_alpha > 0:
+            losses = losses - self.rpo_alpha * average_log_probs(log_probs, num_scored)[:, 0]
+        return PairwiseLoss(losses, chosen.detach(), rejected.detach())
+
+    def _scores(self, log_ratios: torch.Tensor) -> torch.Tensor:
+        """The derivative of the divergence's f at the ratio of policy to reference."""
+        if self.f_divergence == "forward_kl":
+            return 1 - torch.exp(-log_ratios)
+        if self.f_divergence == "js_divergence":
+            return math.log(2) + F.logsigmoid(log_ratios)
+        if self.f_divergence == "alpha_divergence" and self.f_alpha != 1:
+            return torch.expm1((self.f_alpha - 1) * log_ratios) / (self.f_alpha - 1)
+        return log_ratios

@@ -1,0 +1,64 @@
+"""Contrastive preference optimization."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from prefix_sharing.losses.pairs import PairwiseLoss, average_log_probs, chosen_and_rejected
+
+
+@dataclass(frozen=True)
+class CPOLoss:
+    r"""The loss of `Contrastive Preference Optimization <https://arxiv.org/abs/2401.08417>`_, without a reference.
+
+    With :math:`h = \beta (\log\pi(y_w|x) - \log\pi(y_l|x))`:
+
+    .. math::
+        L = -(1 - \epsilon) \log\sigma(h) - \epsilon \log\sigma(-h) - \frac{\alpha}{|y_w|} \log\pi(y_w|x)
+
+    The last term is averaged within the pair, so every pair weighs the same. The reward of a response is
+    :math:`\beta \log\pi(y|x)`; :math:`|y|` counts scored tokens.
+
+    Args:
+        beta (float): scale of the log-probs. Default: 0.1.
+        cpo_alpha (float): weight of the negative log-likelihood of the chosen response. Default: 1.0.
+        label_smoothing (float): probability :math:`\epsilon` that a preference is the wrong way round. Default: 0.0.
+
+    Raises:
+        ValueError: if ``beta`` is not positive, ``cpo_alpha`` negative, or ``label_smoothing`` not in [0, 0.5).
+    """
+
+    beta: float = 0.1
+    cpo_alpha: float = 1.0
+    label_smoothing: float = 0.0
+
+    needs_reference: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise ValueError(f"beta must be positive, not {self.beta}.")
+        if self.cpo_alpha < 0:
+            raise ValueError(f"cpo_alpha must not be negative, but is {self.cpo_alpha}.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}.")
+
+    def __call__(
+        self, log_probs: torch.Tensor, num_scored: torch.Tensor, reference_log_probs: torch.Tensor | None = None
+    ) -> PairwiseLoss:
+        """Computes the loss of each pair.
+
+        Args:
+            log_probs (torch.Tensor): summed log-probs under the policy, chosen first, shape ``[P, 2]``.
+            num_scored (torch.Tensor): number of scored tokens, shape ``[P, 2]``.
+            reference_log_probs (torch.Tensor | None): not used.
+
+        Returns:
+            PairwiseLoss: losses and rewards, each of shape ``[P]``.
+        """
+        chosen_rewards, rejected_rewards = chosen_and_rejected(self.beta * log_probs)
+        h = chosen_rewards - rejected_rewards
+        losses = -(1 - self.label_smoothing) * F.logsigmoid(h) - self.label_smoothing * F.logsigmoid(-h)
+        losses = losses - self.cpo_alpha * average_log_probs(log_probs, num_scored)[:, 0]
+        return PairwiseLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
