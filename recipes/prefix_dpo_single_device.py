@@ -44,6 +44,7 @@ from prefix_sharing.training import (
     set_up_device,
     set_up_logging,
     summarize_run,
+    trainable_parameters,
 )
 
 log = logging.getLogger("prefix_sharing.recipe")
@@ -75,7 +76,10 @@ class PrefixDPORecipeSingleDevice:
             self.model, cfg.enable_activation_offloading
         )
         self.checkpointer, checkpoint = load_checkpoint(
-            "checkpointer", cfg.checkpointer, resume=cfg.resume_from_checkpoint
+            "checkpointer",
+            cfg.checkpointer,
+            resume=cfg.resume_from_checkpoint,
+            adapter=cfg.adapter_checkpoint,
         )
         cfg.seed = checkpoint.get(training.SEED_KEY, cfg.seed)
         self.plan = build_plan(cfg, self.dataset, self.model)
@@ -83,11 +87,11 @@ class PrefixDPORecipeSingleDevice:
         log_plan(self.plan, self.dataset, self.load)
         self.epochs_run = checkpoint.get(training.EPOCHS_KEY, 0)
         self.global_step = self.epochs_run * self.plan.steps_per_epoch
-        self.optimizer = instantiate("optimizer", cfg.optimizer, self.model.parameters())
+        self.optimizer = instantiate("optimizer", cfg.optimizer, trainable_parameters(self.model))
         self.lr_scheduler = build_lr_scheduler(cfg, self.optimizer, cfg.epochs * self.plan.steps_per_epoch)
         self.profiler = build_profiler(cfg)
 
-        load_weights(self.model, checkpoint)
+        load_weights(self.model, checkpoint, cfg.seed)
         self.metric_logger = instantiate("metric_logger", cfg.metric_logger)
         self.metric_logger.log_config(cfg)
         self.reference = self.reference_val = None
@@ -129,7 +133,9 @@ class PrefixDPORecipeSingleDevice:
             return {}
         loss_of = functools.partial(self.loss_of, reference=self.reference_val)
         forward = functools.partial(self.forward, self.model)
+        self.model.eval()
         metrics = evaluate(forward, self.dataset_val, self.plan_val, self.load, loss_of)
+        self.model.train()
         self.metric_logger.log_dict(metrics, step=self.global_step)
         return metrics
 

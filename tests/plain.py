@@ -13,7 +13,7 @@ from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.models.llama2 import llama2
 from torchtune.models.llama3 import llama3
 from torchtune.models.llama3_1 import llama3_1
-from torchtune.models.llama3_2 import llama3_2
+from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 from torchtune.models.mistral import mistral
 from torchtune.models.phi3 import phi3
 from torchtune.models.qwen2 import qwen2
@@ -25,11 +25,15 @@ from prefix_sharing.rows import Response
 VOCAB = 23
 DIMS = {"vocab_size": VOCAB, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 16, "max_seq_len": 64}
 
+LORA = {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": True, "lora_rank": 2, "lora_alpha": 4}
+
 FAMILIES = {
     "llama2": lambda: llama2(**DIMS, intermediate_dim=24),
     "llama3": lambda: llama3(**DIMS, intermediate_dim=24),
     "llama3_1": lambda: llama3_1(**DIMS, intermediate_dim=24),
     "llama3_2_tied": lambda: llama3_2(**DIMS, intermediate_dim=24),
+    "lora": lambda: lora_llama3_2(**LORA, **DIMS, intermediate_dim=24),
+    "dora": lambda: lora_llama3_2(**LORA, **DIMS, intermediate_dim=24, use_dora=True),
     "mistral": lambda: mistral(**DIMS, intermediate_dim=24),
     "phi3": lambda: phi3(**DIMS, intermediate_dim=24),
     "gemma": lambda: gemma(**DIMS, head_dim=6, intermediate_dim=24),

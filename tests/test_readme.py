@@ -48,7 +48,12 @@ def test_the_quickstart_learns_what_it_promises(tmp_path):
 @pytest.mark.slow
 def test_the_other_quickstart_commands_run(tmp_path):
     others = [run for run in RUNS if any(arg.startswith("quickstart/") for arg in run)][1:]
+    (stats,) = (run for run in others if "prefix_dpo_stats" in run)
+    others.remove(stats)
     assert len(others) == 2  # distributed, and another loss
+    done = tune_run(*stats[2:], *SHORT_OVERRIDES, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "quickstart_output" / "stats" / "lengths.png").exists()
     for i, command in enumerate(others):
         directory = tmp_path / str(i)
         directory.mkdir()
@@ -118,7 +123,7 @@ def test_every_form_of_data_is_read(tmp_path):
 
 
 def test_the_yaml_shown_is_a_data_set(tmp_path):
-    (block,) = (block for kind, block in BLOCKS if kind == "yaml")
+    (block,) = (block for kind, block in BLOCKS if kind == "yaml" and block.startswith("dataset"))
     node = yaml.safe_load(block)["dataset"]
     assert resolve_name(node.pop("_component_")) is prefix_preference_dataset
     file = tmp_path / node.pop("data_files")

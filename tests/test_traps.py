@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 import torch
 from runs import eval_log, losses, run_in_process, training_log
-from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 
 from plain import FAMILIES, plain_log_probs, response
 from prefix_sharing import scoring
 from prefix_sharing.datasets import prefix_preference_dataset
-from prefix_sharing.errors import UserError
 from prefix_sharing.losses import DPOLoss, ORPOLoss, SimPOLoss
 from prefix_sharing.model import to_tree_model
 from prefix_sharing.quickstart import tokenizer
@@ -163,13 +161,7 @@ def test_logits_of_unscored_tokens_are_never_made(monkeypatch):
     assert max(shape[0] for shape in projected) == 4
 
 
-def test_a_model_with_an_adapter_is_refused_rather_than_given_its_base_as_reference():
-    # LLaMA-Factory 8459
-    dims = {"vocab_size": 9, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 8, "max_seq_len": 8}
-    model = lora_llama3_2(lora_attn_modules=["q_proj"], lora_rank=2, lora_alpha=4, **dims)
-    with pytest.raises(UserError, match="q_proj is a LoRALinear"):
-        to_tree_model(model, "chains")
-    assert to_tree_model(llama3_2(**dims), "chains")
+# LLaMA-Factory 8459, the reference of a trained adapter: tests/recipes/test_lora.py
 
 
 def test_at_step_0_the_loss_is_ln_2_and_every_reward_is_0(tmp_path):

@@ -17,6 +17,7 @@ from prefix_sharing.config import config_names, find_config
 RECIPES = {
     "prefix_dpo_single_device": False,
     "prefix_dpo_distributed": True,
+    "prefix_dpo_stats": False,
     "prefix_dpo_benchmark": False,
 }
 """This package's recipes, and whether they run on several processes."""

@@ -27,6 +27,8 @@ from torchtune.modules import (
     TransformerDecoder,
     TransformerSelfAttentionLayer,
 )
+from torchtune.modules.low_precision import FrozenNF4Linear
+from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from prefix_sharing.attention import AttentionBackend, TreeMask, mask_builder
 from prefix_sharing.errors import UserError
@@ -237,9 +239,10 @@ def _refuse_unsupported(model: nn.Module) -> None:
 
     require("the model", model, TransformerDecoder)
     norms = (RMSNorm, GemmaRMSNorm)
+    linears = (nn.Linear, LoRALinear, DoRALinear, FrozenNF4Linear)
     require("tok_embeddings", model.tok_embeddings, nn.Embedding, GemmaNormEmbeddings)
     require("norm", model.norm, *norms, Gemma2FinalNorm)
-    require("output", model.output, nn.Linear, TiedLinear)
+    require("output", model.output, TiedLinear, *linears)
     for i, layer in enumerate(model.layers):
         prefix = f"layers.{i}"
         require(prefix, layer, TransformerSelfAttentionLayer)
@@ -258,7 +261,7 @@ def _refuse_unsupported(model: nn.Module) -> None:
             Qwen2RotaryPositionalEmbeddings,
         )
         for projection in ("q_proj", "k_proj", "v_proj", "output_proj"):
-            require(f"{prefix}.attn.{projection}", getattr(layer.attn, projection), nn.Linear)
+            require(f"{prefix}.attn.{projection}", getattr(layer.attn, projection), *linears)
         if layer.attn.q_norm is not None or layer.attn.attn_dropout > 0:
             what = "attn_dropout above 0" if layer.attn.attn_dropout > 0 else "q_norm"
             raise UserError(f"model: {prefix}.attn has {what}, which prefix sharing does not cover; leave it out.")

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import math
 import sys
 
 import pytest
@@ -13,7 +12,7 @@ from omegaconf import OmegaConf
 from runs import tune_run
 
 from prefix_dpo_benchmark import BenchmarkConfig, PrefixDPOBenchmark, reference_like
-from prefix_sharing.benchmark.bare import _Record
+from prefix_sharing.benchmark.bare import RecordProducts
 from prefix_sharing.benchmark.workloads import DATASETS, draw_lengths, pairs_in
 from prefix_sharing.config import find_config
 from prefix_sharing.errors import UserError
@@ -133,22 +132,16 @@ def test_trl_is_left_out_with_a_note_where_it_is_not_installed(tmp_path, monkeyp
     assert "pip install 'torchtune-prefix-sharing[bench]'" in caplog.text
 
 
-def test_matrix_products_are_counted_with_those_of_attention():
-    counted = []
-
-    def step():
-        with _Record() as record:
-            a, b = torch.randn(4, 8), torch.randn(8, 16, requires_grad=True)
-            (a @ b).sum().backward()
-            q, k, v = (torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3))
-            F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
-        counted.append(record.products)
-
-    step()
-    flops = {operands: 2 * math.prod(operands[0][0]) * operands[1][0][-1] * n for operands, n in counted[0].items()}
-    products = 2 * (2 * 4 * 8 * 16)  # forward, and the gradient of b
-    attention = (2 + 5) * (2 * 2 * 6 * 8 * 3)  # two heads, six queries that see three keys on average
-    assert sum(flops.values()) == products + attention
+def test_matrix_products_are_counted_and_those_of_attention_apart():
+    a, b = torch.randn(4, 8), torch.randn(8, 16, requires_grad=True)
+    q, k, v = (torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3))
+    with RecordProducts() as record:
+        (a @ b).sum().backward()
+        F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+    shapes = {tuple(shape for shape, _ in operands): count for operands, count in record.operands.items()}
+    assert shapes == {((4, 8), (8, 16)): 1, ((8, 4), (4, 16)): 1}  # forward, and the gradient of b
+    # two heads, six queries that see three keys on average, two products forward and five backward
+    assert record.attention_flops == (2 + 5) * 2 * 2 * 6 * 8 * 3
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path):

@@ -1,5 +1,6 @@
 """The matrix products of a step by themselves: no autograd, nothing element-wise. A step cannot be faster."""
 
+import math
 import statistics
 import time
 from collections import Counter
@@ -18,33 +19,37 @@ _ATTENTION = {
 }
 
 
-class _Record(TorchDispatchMode):
-    """Writes down the operands of every matrix product."""
+class RecordProducts(TorchDispatchMode):
+    """Writes down every matrix product.
+
+    Attributes:
+        operands (Counter[tuple]): how often each pair of shapes and strides was multiplied.
+        attention_flops (float): operations of the products within attention, of the scores that a token may see.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.products: Counter[tuple] = Counter()
+        self.operands: Counter[tuple] = Counter()
+        self.attention_flops = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in _PRODUCTS:
             a, b = args
-            self.products[(tuple(a.shape), a.stride()), (tuple(b.shape), b.stride())] += 1
+            self.operands[(tuple(a.shape), a.stride()), (tuple(b.shape), b.stride())] += 1
         elif func in _ATTENTION:
             q, k = args[:2] if _ATTENTION[func] == 2 else args[1:3]
             _, heads, num_queries, head_dim = q.shape
             # Of the keys before them and the triangle of their own, queries see half a triangle less than all.
-            num_keys = k.shape[2] - num_queries // 2
-            a, b = (heads, num_queries, head_dim), (heads, head_dim, num_keys)
-            contiguous = [(num_queries * head_dim, head_dim, 1), (head_dim * num_keys, num_keys, 1)]
-            self.products[(a, contiguous[0]), (b, contiguous[1])] += _ATTENTION[func]
+            num_keys = k.shape[2] - num_queries / 2
+            self.attention_flops += _ATTENTION[func] * 2.0 * heads * num_queries * head_dim * num_keys
         return func(*args, **(kwargs or {}))
 
 
 def seconds_of_matrix_products(step: Callable[[], Any], rounds: int) -> float:
     """Repeats the matrix products of a step on tensors of the same shapes and strides.
 
-    Attention is counted as the products of the scores that a token may see. Products within compiled code are not seen;
-    on CUDA, where attention is compiled, that is attention.
+    Those within attention are counted at the same operations a second. Products within compiled code are not seen; on
+    CUDA, where attention is compiled, that is attention.
 
     Args:
         step (Callable[[], Any]): a training step.
@@ -53,10 +58,10 @@ def seconds_of_matrix_products(step: Callable[[], Any], rounds: int) -> float:
     Returns:
         float: their sum.
     """
-    with _Record() as record:
+    with RecordProducts() as record:
         step()
-    total = 0.0
-    for operands, count in record.products.items():
+    total, flops = 0.0, 0.0
+    for operands, count in record.operands.items():
         a, b = (torch.empty_strided(shape, stride).normal_() for shape, stride in operands)
         product = torch.mm if a.dim() == 2 else torch.bmm
         output = product(a, b)
@@ -66,4 +71,5 @@ def seconds_of_matrix_products(step: Callable[[], Any], rounds: int) -> float:
             product(a, b, out=output)
             seconds.append(time.perf_counter() - start)
         total += count * statistics.median(seconds)
-    return total
+        flops += count * 2.0 * math.prod(a.shape) * b.shape[-1]
+    return total * (1 + record.attention_flops / flops)

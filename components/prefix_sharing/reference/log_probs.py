@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torchtune import training
+from torchtune.modules.peft import disable_adapter
 from tqdm import tqdm
 
 import prefix_sharing
@@ -26,6 +27,7 @@ from prefix_sharing.errors import UserError
 from prefix_sharing.model import ResponseLogProbs, TreeTransformerDecoder
 from prefix_sharing.reference.cache import ReferenceCache, fingerprint_reference
 from prefix_sharing.rows import Plan, Row
+from prefix_sharing.training.adapters import has_adapter
 from prefix_sharing.training.checkpoint import load_checkpoint, load_weights
 from prefix_sharing.training.distributed import broadcast_from_rank_zero, is_rank_zero, reshard, sum_over_ranks
 
@@ -94,18 +96,30 @@ def set_up_reference(
     """
     other = _load_reference_checkpoint(cfg)
     if not cfg.reference.precompute:
-        frozen = new_model().requires_grad_(False)
-        load_weights(frozen, other or checkpoint)
+        if has_adapter(model) and cfg.ref_checkpointer is None and not (other or checkpoint)[training.ADAPTER_KEY]:
+            return [FrozenReference(functools.partial(_without_adapter, forward, model))] * len(passes)
+        frozen = new_model().requires_grad_(False).eval()
+        load_weights(frozen, other or checkpoint, cfg.seed)
         return [FrozenReference(functools.partial(forward, frozen))] * len(passes)
     cache = open_reference_cache(cfg, other or checkpoint)
     if other is not None:
-        load_weights(model, other)
+        load_weights(model, other, cfg.seed)
+    model.eval()
     compute = functools.partial(reference_log_probs, functools.partial(forward, model), load=load, cache=cache)
     references = [None if plan is None else compute(dataset, plan) for dataset, plan in passes]
     reshard(model)
+    model.train()
     if other is not None:
-        load_weights(model, checkpoint)
+        load_weights(model, checkpoint, cfg.seed)
     return references
+
+
+def _without_adapter(
+    forward: Callable[[TreeTransformerDecoder, Row], ResponseLogProbs], model: TreeTransformerDecoder, row: Row
+) -> ResponseLogProbs:
+    """The base model's log-probs, by the model that is trained."""
+    with disable_adapter(model):
+        return forward(model, row)
 
 
 def open_reference_cache(cfg: DictConfig, checkpoint: Mapping[str, Any]) -> ReferenceCache | None:
@@ -129,7 +143,8 @@ def open_reference_cache(cfg: DictConfig, checkpoint: Mapping[str, Any]) -> Refe
         "dtype": cfg.dtype,
         "versions": [prefix_sharing.__version__, version("torchtune")],
     }
-    reference = fingerprint_reference(checkpoint[training.MODEL_KEY], computation)
+    weights = checkpoint[training.MODEL_KEY] | checkpoint[training.ADAPTER_KEY]
+    reference = fingerprint_reference(weights, computation)
     about = {"model": cfg.model._component_, "dtype": cfg.dtype, "made": time.strftime("%Y-%m-%d %H:%M")}
     try:
         cache = ReferenceCache(cfg.reference.cache_dir, reference, about)
@@ -213,5 +228,5 @@ def _load_reference_checkpoint(cfg: DictConfig) -> dict[str, Any] | None:
     if cfg.ref_checkpointer is not None:
         return load_checkpoint("ref_checkpointer", cfg.ref_checkpointer)[1]
     if cfg.resume_from_checkpoint:
-        return load_checkpoint("checkpointer", cfg.checkpointer)[1]
+        return load_checkpoint("checkpointer", cfg.checkpointer, adapter=cfg.adapter_checkpoint)[1]
     return None

@@ -1,5 +1,6 @@
 """What the recipes call: config, set-up, steps, metrics, checkpoints, and running on several processes."""
 
+from prefix_sharing.training.adapters import trainable_parameters
 from prefix_sharing.training.checkpoint import load_checkpoint, load_training_state, load_weights, save_checkpoint
 from prefix_sharing.training.config import DistributedConfig, TrainingConfig, check_config, parse
 from prefix_sharing.training.distributed import init_process_group, is_rank_zero, materialize, reshard, shard_model
@@ -50,4 +51,5 @@ __all__ = [
     "set_up_logging",
     "shard_model",
     "summarize_run",
+    "trainable_parameters",
 ]

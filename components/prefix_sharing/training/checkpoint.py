@@ -21,6 +21,13 @@ from torchtune import training
 
 from prefix_sharing.config import explained, instantiate
 from prefix_sharing.errors import UserError
+from prefix_sharing.training.adapters import (
+    adapter_to_save,
+    has_adapter,
+    initial_adapter,
+    is_adapter_key,
+    merged,
+)
 from prefix_sharing.training.distributed import broadcast_object, is_rank_zero
 
 log = logging.getLogger(__name__)
@@ -28,7 +35,9 @@ log = logging.getLogger(__name__)
 LR_SCHEDULER_KEY = "lr_scheduler"
 
 
-def load_checkpoint(key: str, node: DictConfig, *, resume: bool = False) -> tuple[Any, dict[str, Any]]:
+def load_checkpoint(
+    key: str, node: DictConfig, *, resume: bool = False, adapter: str | None = None
+) -> tuple[Any, dict[str, Any]]:
     """Builds a checkpointer and reads its checkpoint, both on rank 0 only.
 
     Args:
@@ -36,6 +45,8 @@ def load_checkpoint(key: str, node: DictConfig, *, resume: bool = False) -> tupl
         node (DictConfig): its value.
         resume (bool): whether to read the last epoch saved in its ``output_dir``, with the training state.
             Default: False.
+        adapter (str | None): path of a trained adapter in torchtune's format, to begin with unless the run resumes.
+            Default: None.
 
     Returns:
         tuple[Any, dict[str, Any]]: the checkpointer and what it read; on other ranks None and what is no tensor.
@@ -45,27 +56,35 @@ def load_checkpoint(key: str, node: DictConfig, *, resume: bool = False) -> tupl
     """
     checkpointer, checkpoint = None, {}
     if is_rank_zero():
-        overrides = {"checkpoint_files": _files_of_last_epoch(Path(node.output_dir))} if resume else {}
+        overrides = _weights_of_last_epoch(Path(node.output_dir)) if resume else {}
         checkpointer = instantiate(key, node, should_load_recipe_state=resume, **overrides)
         with explained(f"{key}: {node._component_}"):
             checkpoint = checkpointer.load_checkpoint()
-    small = broadcast_object({k: v for k, v in checkpoint.items() if k not in (training.MODEL_KEY, training.OPT_KEY)})
-    return checkpointer, {training.MODEL_KEY: {}, training.OPT_KEY: {}, **small, **checkpoint}
+        if adapter is not None and not resume:
+            with explained("Config: adapter_checkpoint"):
+                checkpoint[training.ADAPTER_KEY] = torch.load(adapter, map_location="cpu", weights_only=True)
+    of_rank_zero = (training.MODEL_KEY, training.ADAPTER_KEY, training.OPT_KEY)
+    small = broadcast_object({k: v for k, v in checkpoint.items() if k not in of_rank_zero})
+    return checkpointer, {**{name: {} for name in of_rank_zero}, **small, **checkpoint}
 
 
-def load_weights(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+def load_weights(model: nn.Module, checkpoint: dict[str, Any], seed: int) -> None:
     """Copies a checkpoint's weights into a model, sharded or not, after checking that they fit.
 
     Args:
         model (nn.Module): the model.
         checkpoint (dict[str, Any]): as ``load_checkpoint`` returned it; full tensors of any precision.
+        seed (int): decides the adapter, if the model has one and the checkpoint none.
 
     Raises:
         UserError: if a tensor is missing, left over, or of another shape.
     """
-    state_dict = checkpoint[training.MODEL_KEY]
+    state_dict = checkpoint[training.MODEL_KEY] | checkpoint[training.ADAPTER_KEY]
     if is_rank_zero():
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        if not checkpoint[training.ADAPTER_KEY]:
+            shapes = {name: shape for name, shape in expected.items() if is_adapter_key(name)}
+            state_dict |= initial_adapter(shapes, state_dict, seed)
         given = {name: tensor.shape for name, tensor in state_dict.items()}
         for name in [*expected, *given]:
             if expected.get(name) != given.get(name):
@@ -87,6 +106,9 @@ def save_checkpoint(
 ) -> None:
     """Writes the weights in the checkpointer's format and, unless training is done, what it takes to go on.
 
+    Of a model with an adapter, the adapter alone, in torchtune's format and in PEFT's, and with
+    ``save_adapter_weights_only: False`` also the model it makes of the base.
+
     Args:
         checkpointer (Any): one of torchtune's.
         model (nn.Module): the model, sharded or not.
@@ -97,7 +119,15 @@ def save_checkpoint(
     """
     is_last = epoch + 1 == cfg.epochs
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    checkpoint = {training.MODEL_KEY: get_model_state_dict(model, options=options)}
+    weights = get_model_state_dict(model, options=options)
+    adapter_only = has_adapter(model) and cfg.save_adapter_weights_only
+    checkpoint = {}
+    if has_adapter(model) and is_rank_zero():
+        adapter, adapter_config = adapter_to_save(model, weights)
+        checkpoint |= {training.ADAPTER_KEY: adapter, training.ADAPTER_CONFIG: adapter_config}
+        weights = None if adapter_only else merged(model, weights)
+    if not adapter_only:
+        checkpoint[training.MODEL_KEY] = weights
     if not is_last:
         checkpoint |= {
             training.OPT_KEY: get_optimizer_state_dict(model, optimizer, options=options),
@@ -106,7 +136,9 @@ def save_checkpoint(
             training.SEED_KEY: cfg.seed,
         }
     if is_rank_zero():
-        checkpointer.save_checkpoint(checkpoint, epoch=epoch, intermediate_checkpoint=not is_last)
+        checkpointer.save_checkpoint(
+            checkpoint, epoch=epoch, intermediate_checkpoint=not is_last, adapter_only=adapter_only
+        )
     if dist.is_initialized():
         dist.barrier()
 
@@ -131,8 +163,8 @@ def _options() -> StateDictOptions:
     return StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
 
 
-def _files_of_last_epoch(output_dir: Path) -> list[str]:
-    """The weights that belong to the training state in ``output_dir``, relative to it, as torchtune wants them."""
+def _weights_of_last_epoch(output_dir: Path) -> dict[str, Any]:
+    """Which weights belong to the training state in ``output_dir``, for a checkpointer, relative to the directory."""
     state_file = output_dir / "recipe_state" / "recipe_state.pt"
     if not state_file.is_file():
         raise UserError(
@@ -141,11 +173,15 @@ def _files_of_last_epoch(output_dir: Path) -> list[str]:
         )
     epochs_done = torch.load(state_file, map_location="cpu", weights_only=True, mmap=True)[training.EPOCHS_KEY]
     epoch_dir = output_dir / f"epoch_{epochs_done - 1}"
+    adapter = epoch_dir / "adapter_model.pt"
+    if adapter.exists():  # over the base model that the config names
+        log.info("Resuming after %d epochs from %s", epochs_done, adapter)
+        return {"adapter_checkpoint": str(adapter.relative_to(output_dir))}
     files = [file for file in sorted(epoch_dir.glob("*model*")) if file.suffix in (".safetensors", ".bin")]
     if not files:
         raise UserError(f"Config: resume_from_checkpoint is true, but there are no weights in {epoch_dir}.")
     log.info("Resuming after %d epochs from %s", epochs_done, epoch_dir)
-    return [str(file.relative_to(output_dir)) for file in files]
+    return {"checkpoint_files": [str(file.relative_to(output_dir)) for file in files]}
 
 
 def _shape(shape: torch.Size | None) -> str:

@@ -105,6 +105,9 @@ class TrainingConfig:
         enable_activation_offloading (bool): keeps activations in CPU memory; needs CUDA and checkpointing.
         log_every_n_steps (int): steps between log entries.
         log_peak_memory_stats (bool): whether to log peak memory, and that of parameters, gradients and optimizer state.
+        adapter_checkpoint (str | None): for a model with an adapter, an ``adapter_model.pt`` to begin with, then part
+            of the reference, too. Default: None, a fresh adapter, and the base is the reference.
+        save_adapter_weights_only (bool): False also saves the model that base and adapter make together.
         resume_from_checkpoint (bool): goes on from the last epoch saved in ``output_dir``.
         reference (ReferenceConfig): where reference log-probs come from.
     """
@@ -146,6 +149,8 @@ class TrainingConfig:
     enable_activation_offloading: bool = False
     log_every_n_steps: int = 1
     log_peak_memory_stats: bool = False
+    adapter_checkpoint: str | None = None
+    save_adapter_weights_only: bool = True
     resume_from_checkpoint: bool = False
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 

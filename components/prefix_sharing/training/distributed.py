@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
 
 from prefix_sharing.errors import UserError
@@ -40,6 +41,11 @@ def init_process_group(device: torch.device) -> None:
     # The CPU's backend serves parameters that are offloaded to the CPU.
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_TIMEOUT)
+
+
+def is_distributed() -> bool:
+    """Whether there is a process group."""
+    return dist.is_initialized()
 
 
 def is_rank_zero() -> bool:
@@ -132,8 +138,10 @@ def shard_model(
         cpu_offload (bool): whether parameters, gradients and optimizer state live on the CPU. Default: False.
 
     Raises:
-        UserError: if the ranks cannot be divided so, or offloading has nowhere to offload from.
+        UserError: if the ranks cannot be divided so, offloading has nowhere to offload from, or the model is quantized.
     """
+    if any(isinstance(parameter.data, NF4Tensor) for parameter in model.parameters()):
+        raise UserError("model: QLoRA runs on one device, with prefix_dpo_single_device; use LoRA here.")
     if cpu_offload and device.type == "cpu":
         raise UserError("Config: fsdp_cpu_offload: True needs a CUDA device; the model is on the CPU already.")
     options = {

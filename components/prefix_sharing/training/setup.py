@@ -20,7 +20,8 @@ from prefix_sharing.config import explained, instantiate
 from prefix_sharing.datasets import PrefixPreferenceDataset
 from prefix_sharing.errors import UserError
 from prefix_sharing.model import TreeTransformerDecoder, to_tree_model
-from prefix_sharing.training.distributed import is_rank_zero, rank_zero_first
+from prefix_sharing.training.adapters import freeze_base, has_adapter, trainable_parameters
+from prefix_sharing.training.distributed import is_distributed, is_rank_zero, rank_zero_first
 from prefix_sharing.training.memory import checkpoint_activations
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ def build_model(cfg: DictConfig, device: torch.device) -> TreeTransformerDecoder
         model = instantiate("model", cfg.model)
     backend = choose_attention_backend(cfg.attention_backend, device, compute_dtype(cfg))
     model = to_tree_model(model, backend, cfg.flex_kernel_options)
+    freeze_base(model, torch.float32 if is_distributed() else compute_dtype(cfg))
     if cfg.compile:
         training.compile_model(model, verbose=is_rank_zero())
     if cfg.enable_activation_checkpointing:
@@ -202,11 +204,13 @@ def summarize_run(
     Returns:
         str: one line.
     """
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    millions = f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters"
+    if has_adapter(model):
+        millions += f", {sum(p.numel() for p in trainable_parameters(model)) / 1e6:,.2f} M of them trained"
     model_name, loss_name = (cfg[key]._component_.rsplit(".", 1)[-1] for key in ("model", "loss"))
     where = Path(cfg.checkpointer.output_dir) / f"epoch_{cfg.epochs - 1}"
     line = (
-        f"Trained {model_name} ({millions:,.1f} M parameters) with {loss_name} for {num_steps:,} steps on "
+        f"Trained {model_name} ({millions}) with {loss_name} for {num_steps:,} steps on "
         f"{dataset.name} ({len(dataset):,} examples); it lies in {where}"
     )
     name = "eval/rewards/accuracies"

@@ -1,0 +1,119 @@
+"""LoRA, DoRA and QLoRA: what is trained, where it starts, and what is saved.
+
+The config's ``model`` decides: torchtune's ``lora_...`` and ``qlora_...`` builders, ``use_dora: True`` with either. All
+else is frozen. A fresh adapter changes nothing about the base model, so a run that begins with one has the base model
+as its reference; one that begins with a trained adapter has that.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torchtune.modules.peft import (
+    DoRALinear,
+    LoRALinear,
+    get_adapter_params,
+    get_merged_lora_ckpt,
+    set_trainable_params,
+)
+
+_ADAPTERS = (LoRALinear, DoRALinear)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a model was built with LoRA or one of its relatives."""
+    return any(isinstance(module, _ADAPTERS) for module in model.modules())
+
+
+def freeze_base(model: nn.Module, dtype: torch.dtype) -> None:
+    """Leaves nothing but the adapter to be trained, where there is one.
+
+    Args:
+        model (nn.Module): before it is wrapped or sharded; changed in place.
+        dtype (torch.dtype): of the frozen weights of linear layers, which are never updated. Quantized ones stay so.
+    """
+    if not has_adapter(model):
+        return
+    set_trainable_params(model, get_adapter_params(model))
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, *_ADAPTERS)):
+            for parameter in (module.weight, module.bias):
+                if parameter is not None and not parameter.requires_grad and type(parameter.data) is torch.Tensor:
+                    parameter.data = parameter.data.to(dtype)
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What the optimizer gets: all parameters, or those of the adapter."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def is_adapter_key(name: str) -> bool:
+    """Whether a key of a model's state dict belongs to an adapter."""
+    return name.endswith((".lora_a.weight", ".lora_b.weight", ".magnitude"))
+
+
+def initial_adapter(
+    shapes: Mapping[str, torch.Size], base: Mapping[str, torch.Tensor], seed: int
+) -> dict[str, torch.Tensor]:
+    """A fresh adapter, which changes nothing yet, initialized as torchtune does.
+
+    Args:
+        shapes (Mapping[str, torch.Size]): of the adapter's tensors, by name.
+        base (Mapping[str, torch.Tensor]): the base model's weights, which DoRA's magnitudes follow from.
+        seed (int): decides the matrices A, on any number of ranks.
+
+    Returns:
+        dict[str, torch.Tensor]: a tensor for each name.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    adapter = {}
+    for name, shape in shapes.items():
+        if name.endswith(".lora_a.weight"):
+            adapter[name] = torch.empty(shape)
+            nn.init.kaiming_uniform_(adapter[name], a=math.sqrt(5), generator=generator)
+        elif name.endswith(".lora_b.weight"):
+            adapter[name] = torch.zeros(shape)
+        else:
+            weight = base[name.removesuffix("magnitude") + "weight"]
+            adapter[name] = torch.linalg.norm(weight.float(), dim=1)
+    return adapter
+
+
+def adapter_to_save(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> tuple[dict, dict[str, Any]]:
+    """An adapter's weights, and what PEFT wants to know of it.
+
+    Args:
+        model (nn.Module): a model with an adapter.
+        state_dict (Mapping[str, torch.Tensor]): its full state dict.
+
+    Returns:
+        tuple[dict, dict[str, Any]]: weights by name, and the adapter's config.
+    """
+    weights = {name: tensor for name, tensor in state_dict.items() if is_adapter_key(name)}
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _ADAPTERS)]
+    _, first = layers[0]
+    config = {
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name, _ in layers}),
+        "peft_type": "LORA",
+        "use_dora": isinstance(first, DoRALinear),
+    }
+    return weights, config
+
+
+def merged(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a model without an adapter that computes the same.
+
+    Args:
+        model (nn.Module): a model with an adapter.
+        state_dict (Mapping[str, torch.Tensor]): its full state dict.
+
+    Returns:
+        dict[str, torch.Tensor]: in fp32.
+    """
+    first = next(module for module in model.modules() if isinstance(module, _ADAPTERS))
+    weights = {name: tensor.float() for name, tensor in state_dict.items()}
+    return get_merged_lora_ckpt(weights, rank=first.rank, alpha=first.alpha)

@@ -1,0 +1,168 @@
+"""LoRA, DoRA and QLoRA: the adapter alone is trained and saved, and its reference is what it began with."""
+
+import json
+import math
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from runs import eval_log, losses, make_config, run_in_process, training_log
+from safetensors.torch import load_file
+from test_distributed import run_distributed
+from torchtune.modules.peft import disable_adapter
+
+from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
+from prefix_sharing.config import find_config
+from prefix_sharing.errors import UserError
+from prefix_sharing.rows import Row
+
+BASE = OmegaConf.to_container(OmegaConf.load(find_config("quickstart/single_device")).model)
+ADAPTER = {
+    "lora_attn_modules": ["q_proj", "v_proj", "output_proj"],
+    "apply_lora_to_mlp": True,
+    "lora_rank": 4,
+    "lora_alpha": 8,
+}
+
+
+def lora(**arguments):
+    """Overrides for a run with an adapter over the quickstart's model."""
+    model = {**BASE, **ADAPTER, **arguments, "_component_": "torchtune.models.llama3.lora_llama3"}
+    return {"model": model, "checkpointer.model": BASE, "optimizer.lr": 1e-2, "lr_scheduler": None}
+
+
+def is_adapter(name):
+    return "lora" in name or "magnitude" in name
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_only_the_adapter_is_trained_and_saved(tmp_path, use_dora):
+    recipe = run_in_process(tmp_path, **lora(use_dora=use_dora))
+    initial = run_in_process(tmp_path / "untrained", max_steps_per_epoch=1, **lora() | {"optimizer.lr": 0.0})
+    before, after = initial.model.state_dict(), recipe.model.state_dict()
+    assert {name for name in after if is_adapter(name)} == {
+        n for n, p in recipe.model.named_parameters() if p.requires_grad
+    }
+    for name, tensor in after.items():
+        if not is_adapter(name):
+            assert (tensor == before[name]).all(), name
+        elif "lora_b" in name:
+            assert (tensor != 0).any(), name
+    assert eval_log(tmp_path)[-1]["eval/loss"] < eval_log(tmp_path)[0]["eval/loss"]
+    assert training_log(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+    epoch = tmp_path / "epoch_0"
+    assert not list(epoch.glob("model-*"))
+    saved = torch.load(epoch / "adapter_model.pt")
+    assert all((after[name] == tensor).all() for name, tensor in saved.items())
+    assert set(saved) == {name for name in after if is_adapter(name)}
+    peft = json.loads((epoch / "adapter_config.json").read_text())
+    assert (peft["r"], peft["lora_alpha"], peft["use_dora"]) == (4, 8, use_dora)
+    assert set(peft["target_modules"]) == {"q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"}
+    assert len(load_file(epoch / "adapter_model.safetensors")) == len(saved)
+
+
+def test_the_merged_model_computes_what_base_and_adapter_do(tmp_path):
+    recipe = run_in_process(tmp_path / "lora", save_adapter_weights_only=False, **lora())
+    row = Row.from_examples([recipe.dataset_val[i] for i in range(4)])
+    expected = recipe.model(row).log_probs
+    merged = PrefixDPORecipeSingleDevice(
+        make_config(
+            tmp_path / "merged",
+            checkpointer={
+                "_component_": "torchtune.training.FullModelHFCheckpointer",
+                "checkpoint_dir": str(tmp_path / "lora" / "epoch_0"),
+                "checkpoint_files": ["model-00001-of-00001.safetensors"],
+                "model_type": "LLAMA3",
+                "output_dir": str(tmp_path / "merged"),
+            },
+        )
+    )
+    merged.setup()
+    torch.testing.assert_close(merged.model(row).log_probs, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_with_its_adapter_disabled_the_policy_is_the_base_model(tmp_path):
+    trained = run_in_process(tmp_path / "lora", **lora())
+    base = run_in_process(tmp_path / "base", max_steps_per_epoch=1, **{"optimizer.lr": 0.0, "lr_scheduler": None})
+    row = Row.from_examples([trained.dataset_val[i] for i in range(4)])
+    expected = base.model(row).log_probs
+    assert (trained.model(row).log_probs != expected).all()
+    with disable_adapter(trained.model):
+        assert (trained.model(row).log_probs == expected).all()
+
+
+def test_a_reference_kept_and_one_computed_along_the_way_agree(tmp_path):
+    run_in_process(tmp_path / "kept", **lora())
+    online = run_in_process(tmp_path / "online", **lora() | {"reference.precompute": False})
+    assert losses(tmp_path / "online") == pytest.approx(losses(tmp_path / "kept"), rel=1e-6)
+    # By the model that is trained: there is no other.
+    assert online.reference.forward.args[1] is online.model
+
+
+def test_a_run_that_begins_with_a_trained_adapter_has_that_as_its_reference(tmp_path):
+    # LLaMA-Factory 8459
+    first = run_in_process(tmp_path / "first", **lora())
+    keys = lora() | {"adapter_checkpoint": str(tmp_path / "first" / "epoch_0" / "adapter_model.pt")}
+    for directory, precompute in (("kept", True), ("online", False)):
+        recipe = run_in_process(
+            tmp_path / directory, **keys | {"reference.precompute": precompute, "optimizer.lr": 0.0}
+        )
+        assert training_log(tmp_path / directory)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert all((a == b).all() for a, b in zip(recipe.model.parameters(), first.model.parameters(), strict=True))
+    # Unless told otherwise: the base model, by its checkpoint.
+    cfg = make_config(tmp_path / "base", **keys)
+    cfg.ref_checkpointer = {**cfg.checkpointer, "output_dir": str(tmp_path / "reference")}
+    recipe = PrefixDPORecipeSingleDevice(cfg)
+    recipe.setup()
+    recipe.train()
+    recipe.cleanup()
+    assert training_log(tmp_path / "base")[0]["loss"] < math.log(2) - 1e-3
+
+
+def test_resuming_goes_on_from_the_adapter(tmp_path):
+    keys = lora() | {"max_steps_per_epoch": 2, "epochs": 2, "seed": 3}
+    run_in_process(tmp_path / "whole", **keys)
+    run_in_process(tmp_path / "parts", **keys)
+    recipe = run_in_process(tmp_path / "parts", **keys | {"resume_from_checkpoint": True})
+    assert recipe.global_step == 4
+    assert losses(tmp_path / "parts")[-2:] == pytest.approx(losses(tmp_path / "whole")[-2:], rel=1e-6)
+
+
+def test_dropout_leaves_reference_and_evaluation_alone(tmp_path):
+    run_in_process(tmp_path, **lora(lora_dropout=0.5))
+    assert eval_log(tmp_path)[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_quantized_base_trains(tmp_path):
+    keys = lora(quantize_base=True) | {"max_steps_per_epoch": 20, "dataset.num_pairs": 160}
+    recipe = run_in_process(tmp_path, **keys)
+    assert len(losses(tmp_path)) == 20
+    assert losses(tmp_path)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert eval_log(tmp_path)[-1]["eval/loss"] < eval_log(tmp_path)[0]["eval/loss"]
+    assert type(recipe.model.layers[0].attn.q_proj.weight.data).__name__ == "NF4Tensor"
+
+
+def test_an_adapter_for_a_model_without_one_is_refused(tmp_path):
+    file = tmp_path / "adapter_model.pt"
+    torch.save({"layers.0.attn.q_proj.lora_a.weight": torch.zeros(4, 8)}, file)
+    recipe = PrefixDPORecipeSingleDevice(make_config(tmp_path, adapter_checkpoint=str(file)))
+    with pytest.raises(UserError, match="lora_a.weight is 4x8 there, but missing in the model"):
+        recipe.setup()
+
+
+@pytest.mark.slow
+def test_two_processes_follow_one(tmp_path):
+    keys = {"max_steps_per_epoch": 6, "dataset.num_pairs": 64, "seed": 1, "dataset_val": None}
+    run_in_process(tmp_path / "alone", **keys | lora() | {"gradient_accumulation_steps": 4})
+    cfg = OmegaConf.load(find_config("quickstart/distributed"))
+    for key, value in lora().items():
+        OmegaConf.update(cfg, key, value, merge=False)
+    OmegaConf.save(cfg, tmp_path / "lora.yaml")
+    together = run_distributed(
+        tmp_path / "together", 2, config=str(tmp_path / "lora.yaml"), base={}, batch_size=4, **keys
+    )
+    assert losses(together) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+    alone = torch.load(tmp_path / "alone" / "epoch_0" / "adapter_model.pt")
+    for name, tensor in torch.load(together / "epoch_0" / "adapter_model.pt").items():
+        assert (alone[name] - tensor).norm() <= 1e-3 * tensor.norm().clamp(min=1e-6), name
