@@ -35,7 +35,7 @@ def test_a_copied_recipe_and_config_run(tmp_path):
     config = tmp_path / "my_config.yaml"
     assert "class PrefixDPORecipeSingleDevice" in (tmp_path / "my_recipe.py").read_text()
     cfg = OmegaConf.load(config)
-    cfg.max_steps_per_epoch, cfg.dataset_val = 1, None
+    cfg.max_steps_per_epoch, cfg.dataset_val, cfg.run_val_every_n_steps = 1, None, None
     OmegaConf.save(cfg, config)
     assert "well-formed" in prefix_tune("validate", config, cwd=tmp_path).stdout
     done = prefix_tune("run", "my_recipe.py", "--config", "my_config.yaml", cwd=tmp_path)
@@ -46,7 +46,7 @@ def test_a_copied_recipe_and_config_run(tmp_path):
 @pytest.mark.slow
 def test_cat_and_run_take_our_names(tmp_path):
     assert "prefix_sharing.losses.DPOLoss" in prefix_tune("cat", "quickstart/distributed", cwd=tmp_path).stdout
-    short = ["max_steps_per_epoch=1", "dataset_val=null", "dataset.num_pairs=64"]
+    short = ["max_steps_per_epoch=1", "dataset_val=null", "run_val_every_n_steps=null", "dataset.num_pairs=64"]
     config = ["prefix_dpo_distributed", "--config", "quickstart/distributed"]
     done = prefix_tune("run", "--nproc_per_node", 2, *config, *short, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchtune.models.llama3_2 import llama3_2
-from torchtune.models.llama3_2_vision import llama3_2_vision_decoder
+from torchtune.modules.layer_dropout import prepare_layer_dropout
 from torchtune.modules.model_fusion import DeepFusionModel
 
 from plain import DIMS, FAMILIES, VOCAB, in_double, plain_log_probs, plain_num_scored, response, rows_of_examples
@@ -140,6 +140,12 @@ def test_log_probs_are_reduced_in_fp32_under_bf16_autocast():
     torch.testing.assert_close(output.log_probs, tree(row).log_probs, rtol=0.05, atol=0.05)
 
 
+def with_layer_dropout(model):
+    """As torchtune's early exit recipes have it."""
+    prepare_layer_dropout(model.layers, prob_max=0.1)
+    return model
+
+
 @pytest.mark.parametrize(
     ("build", "part"),
     [
@@ -147,10 +153,7 @@ def test_log_probs_are_reduced_in_fp32_under_bf16_autocast():
             lambda d: DeepFusionModel(decoder=llama3_2(**d), encoder=torch.nn.Identity()),
             "the model is a DeepFusionModel",
         ),
-        (
-            lambda d: llama3_2_vision_decoder(**d, fusion_interval=1, num_special_tokens=2, encoder_max_seq_len=4),
-            "a FusionEmbedding",
-        ),
+        (lambda d: with_layer_dropout(llama3_2(**d)), "layers.0 is a ModuleLayerDropoutWrapper"),
         (lambda d: llama3_2(**d, attn_dropout=0.1), "attn_dropout above 0"),
     ],
 )

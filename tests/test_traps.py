@@ -133,7 +133,7 @@ def initial_policy(recipe):
     from prefix_sharing.training import load_checkpoint, load_weights
 
     _, checkpoint = load_checkpoint("checkpointer", recipe.cfg.checkpointer)
-    load_weights(recipe.model, checkpoint)
+    load_weights(recipe.model, checkpoint, recipe.cfg.seed)
     return recipe.model
 
 

@@ -21,7 +21,7 @@ def test_weights_of_any_precision_are_loaded_as_fp32():
     source = llama3_2(**DIMS)
     weights = {name: tensor.bfloat16() for name, tensor in source.state_dict().items()}
     model = model_without_weights()
-    load_weights(model, {training.MODEL_KEY: weights})
+    load_weights(model, {training.MODEL_KEY: weights}, seed=0)
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == torch.float32
         assert tensor.equal(weights[name].float())
@@ -32,7 +32,7 @@ def test_weights_can_be_loaded_again():
     first, second = llama3_2(**DIMS).state_dict(), llama3_2(**DIMS).state_dict()
     model = model_without_weights()
     for weights in (first, second, first):
-        load_weights(model, {training.MODEL_KEY: weights})
+        load_weights(model, {training.MODEL_KEY: weights}, seed=0)
         assert all(tensor.equal(weights[name]) for name, tensor in model.state_dict().items())
 
 
@@ -47,11 +47,11 @@ def test_weights_can_be_loaded_again():
 def test_a_checkpoint_that_does_not_fit_is_refused(kwargs, problem):
     weights = llama3_2(**DIMS | kwargs).state_dict()
     with pytest.raises(UserError, match=problem):
-        load_weights(model_without_weights(), {training.MODEL_KEY: weights})
+        load_weights(model_without_weights(), {training.MODEL_KEY: weights}, seed=0)
 
 
 def test_a_checkpoint_with_something_missing_is_refused():
     weights = llama3_2(**DIMS).state_dict()
     del weights["norm.scale"]
     with pytest.raises(UserError, match="norm.scale is missing there, but 8 in the model"):
-        load_weights(model_without_weights(), {training.MODEL_KEY: weights})
+        load_weights(model_without_weights(), {training.MODEL_KEY: weights}, seed=0)

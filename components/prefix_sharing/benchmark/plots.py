@@ -85,18 +85,22 @@ def plot_scaling(scaling: dict[str, Sequence[dict[str, Any]]], title: str, file:
         title (str): model and device.
         file (Path): where the PNG goes.
     """
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    panels = (("rows", "tokens", "tokens in a row"), ("examples", "examples", "examples in the data set"))
-    for axes, (what, of, label) in zip(figure.subplots(1, 2), panels, strict=True):
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    panels = (
+        ("rows", "tokens", "tokens in a row", "step_s"),
+        ("examples", "examples", "examples in the data set", "plan_s"),
+    )
+    for axes, (what, of, label, compared) in zip(figure.subplots(1, 2), panels, strict=True):
         found = scaling[what]
         sizes = np.array([each[of] for each in found], dtype=float)
         for name in found[0]:
             if name.endswith("_s"):
                 seconds = [each[name] for each in found]
                 axes.loglog(sizes, seconds, marker="o", label=name.removesuffix("_s").replace("_", " "))
-        axes.loglog(sizes, seconds[0] * sizes / sizes[0], color="grey", linestyle="--", label=f"proportional to {of}")
+        proportional = found[0][compared] * sizes / sizes[0]
+        axes.loglog(sizes, proportional, color="grey", linestyle="--", label=f"proportional to {of}")
         axes.set_xlabel(label)
         axes.set_ylabel("seconds")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     figure.suptitle(title, fontsize=10)
     figure.savefig(file, dpi=150)

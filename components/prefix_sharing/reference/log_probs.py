@@ -96,7 +96,7 @@ def set_up_reference(
     """
     other = _load_reference_checkpoint(cfg)
     if not cfg.reference.precompute:
-        if has_adapter(model) and cfg.ref_checkpointer is None and not (other or checkpoint)[training.ADAPTER_KEY]:
+        if has_adapter(model) and cfg.ref_checkpointer is None and not (other or checkpoint).get(training.ADAPTER_KEY):
             return [FrozenReference(functools.partial(_without_adapter, forward, model))] * len(passes)
         frozen = new_model().requires_grad_(False).eval()
         load_weights(frozen, other or checkpoint, cfg.seed)
@@ -143,7 +143,7 @@ def open_reference_cache(cfg: DictConfig, checkpoint: Mapping[str, Any]) -> Refe
         "dtype": cfg.dtype,
         "versions": [prefix_sharing.__version__, version("torchtune")],
     }
-    weights = checkpoint[training.MODEL_KEY] | checkpoint[training.ADAPTER_KEY]
+    weights = checkpoint[training.MODEL_KEY] | checkpoint.get(training.ADAPTER_KEY, {})
     reference = fingerprint_reference(weights, computation)
     about = {"model": cfg.model._component_, "dtype": cfg.dtype, "made": time.strftime("%Y-%m-%d %H:%M")}
     try:

@@ -94,9 +94,10 @@ def adapter_to_save(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) ->
     weights = {name: tensor for name, tensor in state_dict.items() if is_adapter_key(name)}
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _ADAPTERS)]
     _, first = layers[0]
+    rank, alpha = _rank_and_alpha(first)
     config = {
-        "r": first.rank,
-        "lora_alpha": first.alpha,
+        "r": rank,
+        "lora_alpha": alpha,
         "target_modules": sorted({name.rsplit(".", 1)[-1] for name, _ in layers}),
         "peft_type": "LORA",
         "use_dora": isinstance(first, DoRALinear),
@@ -115,5 +116,12 @@ def merged(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str
         dict[str, torch.Tensor]: in fp32.
     """
     first = next(module for module in model.modules() if isinstance(module, _ADAPTERS))
-    weights = {name: tensor.float() for name, tensor in state_dict.items()}
-    return get_merged_lora_ckpt(weights, rank=first.rank, alpha=first.alpha)
+    rank, alpha = _rank_and_alpha(first)
+    # Copies: torchtune merges in place, and these may be the model's own weights.
+    weights = {name: tensor.to(torch.float32, copy=True) for name, tensor in state_dict.items()}
+    return get_merged_lora_ckpt(weights, rank=rank, alpha=alpha)
+
+
+def _rank_and_alpha(module: LoRALinear | DoRALinear) -> tuple[int, float]:
+    rank = module.lora_a.out_features
+    return rank, module.scaling * rank if isinstance(module, DoRALinear) else module.alpha

@@ -79,10 +79,11 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], seed: int) -> Non
     Raises:
         UserError: if a tensor is missing, left over, or of another shape.
     """
-    state_dict = checkpoint[training.MODEL_KEY] | checkpoint[training.ADAPTER_KEY]
+    adapter = checkpoint.get(training.ADAPTER_KEY, {})
+    state_dict = checkpoint[training.MODEL_KEY] | adapter
     if is_rank_zero():
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        if not checkpoint[training.ADAPTER_KEY]:
+        if not adapter:
             shapes = {name: shape for name, shape in expected.items() if is_adapter_key(name)}
             state_dict |= initial_adapter(shapes, state_dict, seed)
         given = {name: tensor.shape for name, tensor in state_dict.items()}

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torchao.dtypes.nf4tensor import NF4Tensor
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune import training
 
 from prefix_sharing.errors import UserError
@@ -168,6 +168,13 @@ def materialize(model: nn.Module, device: torch.device, parameter_device: torch.
         parameter_device (torch.device | None): where its parameters lie. Default: None, on ``device``.
     """
     model.to_empty(device=parameter_device or device)
+    # A quantized tensor stays where its parts are.
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, NF4Tensor):
+            zeros = torch.zeros(weight.shape, device=device)
+            quantized = to_nf4(zeros, block_size=weight.block_size, scaler_block_size=weight.scaler_block_size)
+            module.weight = nn.Parameter(quantized, requires_grad=False)
     # The tables of rotary embeddings are no parameters: nothing loads them.
     with device:
         for module in model.modules():
