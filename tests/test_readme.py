@@ -26,7 +26,7 @@ SHORT_OVERRIDES = [f"{key}={'null' if value is None else value}" for key, value 
 
 @pytest.mark.slow
 def test_the_quickstart_learns_what_it_promises(tmp_path):
-    (command,) = (run for run in RUNS if run[-1] == "quickstart/single_device")
+    command = next(run for run in RUNS if run[-1] == "quickstart/single_device")
     done = tune_run(*command[2:], cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     last_line = done.stderr.strip().splitlines()[-1]

@@ -1,0 +1,69 @@
+"""A look at a data set before training."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from runs import make_config
+
+from plain import response
+from prefix_dpo_stats import PrefixDPOStats, StatsConfig
+from prefix_sharing.datasets.stats import mark_example, prefix_ratio, shared_prefix
+from prefix_sharing.datasets.stats import measure_lengths as measure
+from prefix_sharing.model import forward_flops
+
+
+@pytest.fixture
+def stats(tmp_path):
+    return PrefixDPOStats(make_config(tmp_path, config_class=StatsConfig))
+
+
+def test_lengths_are_those_of_the_examples(stats):
+    lengths = measure(stats.dataset)
+    for i in range(len(stats.dataset)):
+        chosen, rejected = (r.tokens.tolist() for r in stats.dataset[i])
+        prefix = next(n for n in range(len(chosen)) if chosen[n] != rejected[n])
+        assert lengths.prefix[i] == prefix
+        assert [branch[i] for branch in lengths.branches] == [len(chosen) - prefix, len(rejected) - prefix]
+        assert lengths.example[i] == len({tuple(s[: n + 1]) for s in (chosen, rejected) for n in range(len(s))})
+        assert lengths.repeated[i] == len(chosen) + len(rejected)
+        assert prefix_ratio(lengths)[i] == pytest.approx(2 * prefix / (len(chosen) + len(rejected) - 2 * prefix))
+
+
+def test_what_is_found_is_printed_and_written(stats, tmp_path, capsys):
+    stats.run()
+    found = json.loads((tmp_path / "stats" / "stats.json").read_text())
+    dataset = stats.dataset
+    assert (found["examples"], found["pairs"], found["dropped"]) == (64, 64, {})
+    assert found["percentiles"]["prefix"]["50"] == int(np.median(measure(dataset).prefix))
+    flops = [forward_flops(stats.model, dataset.sizes(share)).sum() for share in (False, True)]
+    assert found["expected_speed_up"] == pytest.approx(flops[0] / flops[1])
+    assert found["steps_per_epoch"] == stats.plan.steps_per_epoch == 4
+    rows = [packing["rows"] for packing in found["packings"]]
+    assert rows == sorted(rows, reverse=True)
+    assert (tmp_path / "stats" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "64 rows = 64 used + 0 dropped" in printed
+    assert "branch 2" in printed
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    def decode(self, tokens):
+        return "".join(chr(ord("a") + token) for token in tokens)
+
+
+def test_scored_tokens_are_underlined_and_parts_have_colours():
+    marked = mark_example(Letters(), [response([0, 1, 2, 3], [0, 0, 1, 1]), response([0, 1, 4], [0, 0, 1])])
+    grey, first, second, scored, reset = "\033[90m", "\033[32m", "\033[31m", "\033[1;4m", "\033[0m"
+    assert f"{grey}ab{reset}" in marked
+    assert f"{first}{scored}cd{reset}" in marked
+    assert f"{second}{scored}e{reset}" in marked
+    assert re.search(r"branch 1, 2 tokens, 2 of them scored", marked)
+
+
+def test_an_example_of_one_response_is_all_prefix():
+    assert shared_prefix([response([0, 1, 2], [0, 1, 1])]) == 3
+    assert shared_prefix([response([0, 1], [0, 1]), response([5, 1], [0, 1])]) == 0
