@@ -87,7 +87,7 @@ def test_masks_are_shown(tmp_path, command):
 
 
 def test_every_config_is_listed_and_exists():
-    assert sorted(re.findall(r"^\| `([\w/]+)` \| `prefix_dpo", README, re.MULTILINE)) == config_names()
+    assert sorted(re.findall(r"^\| `([\w/.]+)` \| `prefix_dpo", README, re.MULTILINE)) == config_names()
     for run in RUNS:
         name = run[run.index("--config") + 1]
         if name.endswith(".yaml"):
