@@ -44,7 +44,7 @@ from prefix_sharing.benchmark.formats import Format, Pairs, build_formats
 from prefix_sharing.benchmark.layers import PARTS, time_layers
 from prefix_sharing.benchmark.results import as_table, describe_growth, describe_layers, summarize
 from prefix_sharing.benchmark.scaling import time_examples, time_rows
-from prefix_sharing.benchmark.workloads import draw_lengths, make_pairs, pairs_in
+from prefix_sharing.benchmark.workloads import draw_lengths, make_pairs, pairs_in, read_pairs
 from prefix_sharing.config import instantiate
 from prefix_sharing.errors import UserError
 from prefix_sharing.model import TreeTransformerDecoder, to_tree_model
@@ -62,7 +62,8 @@ class BenchmarkConfig:
         output_dir (str): where the results go.
         model (Any): builds the model: one of torchtune's builders; its weights are random.
         measure (list[str]): of ``steps``, ``layers`` and ``scaling``.
-        workloads (list[str]): names in ``prefix_sharing.benchmark.workloads.DATASETS``, or ``PREFIX,CHOSEN,REJECTED``.
+        workloads (list[str]): names in ``prefix_sharing.benchmark.workloads.DATASETS``, or ``PREFIX,CHOSEN,REJECTED``,
+            or a file of pairs.
         formats (list[str]): of ``prefix_sharing.benchmark.formats``; the first is what the others are compared with.
         tokens_per_step (int): tokens of a step if no prompt is shared; decides how many pairs a step takes.
         num_pairs (int | None): pairs a step, whatever their tokens. Default: None.
@@ -238,11 +239,13 @@ class PrefixDPOBenchmark:
                 found["matrix_share"] = seconds_of_matrix_products(step, cfg.rounds) / found["seconds"]
             if cfg.measure_memory:
                 found |= self.memory_of(name, form.name)
-        return {"name": name, "pairs": len(pairs), "formats": summary}
+        return {"name": Path(name).name, "pairs": len(pairs), "formats": summary}
 
     def pairs_of(self, workload: str) -> Pairs:
         """The pairs of a step."""
         cfg = self.cfg
+        if Path(workload).is_file():
+            return read_pairs(workload, cfg.tokens_per_step, cfg.longest)
         num_pairs = cfg.num_pairs or max(cfg.batch_size, pairs_in(workload, cfg.tokens_per_step, cfg.seed, cfg.longest))
         lengths = draw_lengths(workload, num_pairs, cfg.seed, cfg.longest)
         return make_pairs(lengths, self.model.tok_embeddings.num_embeddings, cfg.seed)

@@ -32,6 +32,7 @@ from prefix_sharing.training import (
     build_val_plan,
     clip_grad_norm,
     compute_dtype,
+    draw_curves,
     evaluate,
     init_process_group,
     is_rank_zero,
@@ -207,6 +208,7 @@ class PrefixDPORecipeDistributed:
         self.profiler.stop()
         if cfg.run_val_every_n_steps is None or self.global_step % cfg.run_val_every_n_steps != 0:
             after = self.evaluate()
+        draw_curves(cfg)
         log.info(summarize_run(cfg, self.model, self.dataset, self.global_step, before, after))
 
     def cleanup(self) -> None:

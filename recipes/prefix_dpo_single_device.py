@@ -31,6 +31,7 @@ from prefix_sharing.training import (
     build_val_plan,
     clip_grad_norm,
     compute_dtype,
+    draw_curves,
     evaluate,
     load_checkpoint,
     load_training_state,
@@ -183,6 +184,7 @@ class PrefixDPORecipeSingleDevice:
         self.profiler.stop()
         if cfg.run_val_every_n_steps is None or self.global_step % cfg.run_val_every_n_steps != 0:
             after = self.evaluate()
+        draw_curves(cfg)
         log.info(summarize_run(cfg, self.model, self.dataset, self.global_step, before, after))
 
     def cleanup(self) -> None:

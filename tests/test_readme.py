@@ -33,6 +33,7 @@ def test_the_quickstart_learns_what_it_promises(tmp_path):
     (promised,) = (block for kind, block in BLOCKS if not kind and block.startswith("Trained"))
     assert last_line.split("; held-out")[0] == promised.split("; held-out")[0]
     output_dir = tmp_path / "quickstart_output"
+    assert (output_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     accuracies = [metrics["eval/rewards/accuracies"] for metrics in eval_log(output_dir)]
     assert accuracies[0] <= 0.65
     assert accuracies[-1] >= 0.90

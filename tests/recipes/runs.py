@@ -1,7 +1,6 @@
 """Running recipes from tests, and reading what they logged."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from omegaconf import OmegaConf
 
 from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
 from prefix_sharing.config import find_config
-from prefix_sharing.training import TrainingConfig, check_config
+from prefix_sharing.training import TrainingConfig, check_config, curves
 
 # A quickstart that takes seconds: as many keys as it takes, and no more.
 SHORT = {
@@ -48,13 +47,7 @@ def tune_run(*arguments, cwd, timeout=300):
 
 def read_log(output_dir):
     """Every entry of the run's log as ``(step, metrics)``."""
-    entries = []
-    for file in sorted((Path(output_dir) / "logs").glob("log_*.txt")):
-        for line in file.read_text().splitlines():
-            step, values = re.fullmatch(r"Step (\d+) \| (.*)", line.strip()).groups()
-            metrics = (value.rsplit(":", 1) for value in values.split())
-            entries.append((int(step), {name: float(value) for name, value in metrics}))
-    return entries
+    return curves.read_log(Path(output_dir) / "logs")
 
 
 def training_log(output_dir):

@@ -165,6 +165,16 @@ def test_what_there_is_not_is_said(tmp_path, keys, message):
         benchmark(tmp_path, workloads=["alpaca"], **keys).run()
 
 
+def test_pairs_of_a_file_are_a_workload(tmp_path):
+    file = tmp_path / "my_pairs.jsonl"
+    file.write_text('{"prompt": "A question", "chosen": "Yes.", "rejected": "No."}\n' * 5)
+    vocabulary = {"model.vocab_size": 2048, "tokens_per_step": 60}
+    benchmark(tmp_path, measure=["steps"], workloads=[str(file)], **vocabulary).run()
+    (workload,) = json.loads((tmp_path / "benchmark.json").read_text())["workloads"]
+    assert workload["name"] == "my_pairs.jsonl"
+    assert 1 < workload["pairs"] < 5
+
+
 def test_a_step_takes_pairs_of_so_many_tokens():
     prefix, chosen, rejected = draw_lengths("hh", pairs_in("hh", 5000))
     assert abs((2 * prefix + chosen + rejected).sum() - 5000) < 500

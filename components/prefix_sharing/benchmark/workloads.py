@@ -1,10 +1,12 @@
-"""Pairs with the lengths of well-known preference data sets, made of random tokens."""
+"""Pairs with the lengths of well-known preference data sets, made of random tokens, or pairs of a file."""
 
 from typing import NamedTuple
 
 import numpy as np
 
+from prefix_sharing.datasets import prefix_preference_dataset
 from prefix_sharing.errors import UserError
+from prefix_sharing.quickstart import tokenizer
 from prefix_sharing.rows import Response
 
 
@@ -64,7 +66,8 @@ def draw_lengths(workload: str, num_pairs: int, seed: int = 0, longest: int = 81
         except ValueError as error:
             known = ", ".join(DATASETS)
             raise UserError(
-                f"Config: workloads: '{workload}' is neither one of {known} nor of the form PREFIX,CHOSEN,REJECTED."
+                f"Config: workloads: '{workload}' is neither one of {known} nor a file, nor of the form "
+                "PREFIX,CHOSEN,REJECTED."
             ) from error
         return PairLengths(*(np.full(num_pairs, length) for length in (prefix, chosen, rejected)))
     median, ratio = DATASETS[workload]
@@ -90,6 +93,33 @@ def pairs_in(workload: str, num_tokens: int, seed: int = 0, longest: int = 8192)
     """
     prefix, chosen, rejected = draw_lengths(workload, num_tokens, seed, longest)
     return int(np.abs((2 * prefix + chosen + rejected).cumsum() - num_tokens).argmin()) + 1
+
+
+def read_pairs(data_files: str, num_tokens: int, longest: int = 8192) -> list[list[Response]]:
+    """Reads pairs of a file, tokenized by this project's own tokenizer, in the file's order.
+
+    Args:
+        data_files (str): in any form that ``prefix_sharing.datasets.prefix_preference_dataset`` reads.
+        num_tokens (int): tokens of prompts and responses at which to stop.
+        longest (int): most tokens in a sequence. Default: 8192.
+
+    Returns:
+        list[list[Response]]: chosen and rejected response sequence of each pair.
+    """
+    dataset = prefix_preference_dataset(
+        tokenizer(),
+        source="json",
+        data_files=data_files,
+        masking_strategy="train_on_last",  # as TRL does
+        max_seq_len=longest,
+    )
+    pairs, total = [], 0
+    for i in range(len(dataset)):
+        pairs.append(dataset[i][:2])
+        total += sum(len(response.tokens) for response in pairs[-1])
+        if total >= num_tokens:
+            break
+    return pairs
 
 
 def make_pairs(lengths: PairLengths, vocab_size: int, seed: int = 0) -> list[list[Response]]:

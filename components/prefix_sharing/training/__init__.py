@@ -3,6 +3,7 @@
 from prefix_sharing.training.adapters import trainable_parameters
 from prefix_sharing.training.checkpoint import load_checkpoint, load_training_state, load_weights, save_checkpoint
 from prefix_sharing.training.config import DistributedConfig, TrainingConfig, check_config, parse
+from prefix_sharing.training.curves import draw_curves
 from prefix_sharing.training.distributed import init_process_group, is_rank_zero, materialize, reshard, shard_model
 from prefix_sharing.training.evaluation import evaluate
 from prefix_sharing.training.memory import memory_by_part, peak_memory
@@ -34,6 +35,7 @@ __all__ = [
     "check_config",
     "clip_grad_norm",
     "compute_dtype",
+    "draw_curves",
     "evaluate",
     "init_process_group",
     "is_rank_zero",
