@@ -96,7 +96,7 @@ def set_up_reference(
     """
     other = _load_reference_checkpoint(cfg)
     if not cfg.reference.precompute:
-        if has_adapter(model) and cfg.ref_checkpointer is None and not (other or checkpoint).get(training.ADAPTER_KEY):
+        if has_adapter(model) and cfg.ref_checkpointer is None and cfg.adapter_checkpoint is None:
             return [FrozenReference(functools.partial(_without_adapter, forward, model))] * len(passes)
         frozen = new_model().requires_grad_(False).eval()
         load_weights(frozen, other or checkpoint, cfg.seed)
