@@ -61,6 +61,10 @@ def on_cpu(monkeypatch):
     FlexAttention's eager operator, whose backward works once the device check is out of the way, and one SDPA a
     sequence for FlashAttention.
     """
+    # The eager operator goes through dynamo, which would give up after so many masks of other tests.
+    torch._dynamo.reset()
     monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *args: None)
     monkeypatch.setattr(flex, "_compiled_flex_attention", lambda: torch_flex.flex_attention)
+    with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
+        yield

@@ -80,7 +80,7 @@ def test_compiled_flex_forward_uses_the_block_mask(length):
 @MASKS
 def test_a_window_goes_over_positions(on_cpu, mask_class):
     @settings(max_examples=25)
-    @given(rows_of_examples(), st.integers(1, 12), st.booleans())
+    @given(rows_of_examples(), st.sampled_from([1, 3, 8]), st.booleans())
     def check(row_examples, window, at_predictors):
         row = Row.from_examples(row_examples)
         q, k, v = random_qkv(row.tokens.shape[1], torch.float64)
