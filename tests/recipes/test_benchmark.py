@@ -191,7 +191,7 @@ def test_lengths_have_the_medians_of_their_data_set():
 @pytest.mark.slow
 def test_the_command_runs(tmp_path):
     overrides = [f"{key}={str(value).replace(' ', '')}" for key, value in SMALL.items()]
-    done = tune_run("prefix_dpo_benchmark", "--config", "benchmark/cpu", *overrides, cwd=tmp_path)
+    done = tune_run("prefix_dpo_benchmark", "--config", "benchmark/cpu", *overrides, "measure=[steps]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "prefix_packed" in done.stdout
     assert (tmp_path / "benchmark_output" / "benchmark.json").exists()
