@@ -78,9 +78,10 @@ def test_a_wrong_value(refused, override, message):
     assert message in refused(override)
 
 
-def test_another_model_family(refused):
-    said = refused("model=torchtune.models.gemma.gemma", "model.head_dim=32")
-    assert "tok_embeddings is a GemmaNormEmbeddings, which prefix sharing does not cover" in said
+def test_a_model_that_is_not_covered(refused):
+    assert "layers.0.attn has attn_dropout above 0, which prefix sharing does not cover" in refused(
+        "model.attn_dropout=0.1"
+    )
 
 
 def test_activation_offloading_without_cuda(refused):

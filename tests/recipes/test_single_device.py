@@ -63,7 +63,8 @@ def test_metrics_have_torchtunes_names(run):
         "tokens_saved",
     }
     assert set(eval_log(output_dir)[0]) == {f"eval/{name}" for name in expected}
-    assert set(training_log(output_dir)[0]) == expected | {"lr", "grad_norm", "peak_memory_process"}
+    memory = {"peak_memory_process", "memory_parameters", "memory_gradients", "memory_optimizer_state"}
+    assert set(training_log(output_dir)[0]) == expected | memory | {"lr", "grad_norm"}
     assert 0.3 < training_log(output_dir)[0]["tokens_saved"] < 0.5
 
 

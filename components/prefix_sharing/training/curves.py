@@ -56,7 +56,8 @@ def plot_curves(entries: Log, title: str, file: Path) -> None:
                     axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=where + of_responses)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(label)
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(file, dpi=120)
 
