@@ -41,14 +41,15 @@ from prefix_sharing.attention import choose_attention_backend
 from prefix_sharing.benchmark import plots
 from prefix_sharing.benchmark.bare import seconds_of_matrix_products
 from prefix_sharing.benchmark.formats import Format, Pairs, build_formats
-from prefix_sharing.benchmark.layers import PARTS, time_layers
+from prefix_sharing.benchmark.layers import PARTS, synchronize, time_layers
 from prefix_sharing.benchmark.results import as_table, describe_growth, describe_layers, summarize
 from prefix_sharing.benchmark.scaling import time_examples, time_rows
 from prefix_sharing.benchmark.workloads import draw_lengths, make_pairs, pairs_in, read_pairs
 from prefix_sharing.config import instantiate
 from prefix_sharing.errors import UserError
 from prefix_sharing.model import TreeTransformerDecoder, to_tree_model
-from prefix_sharing.training import clip_grad_norm, memory_by_part, parse, peak_memory, set_up_logging
+from prefix_sharing.rows import Row
+from prefix_sharing.training import clip_grad_norm, compute_dtype, memory_by_part, parse, peak_memory, set_up_logging
 from prefix_sharing.training.memory import checkpoint_activations
 
 log = logging.getLogger("prefix_sharing.recipe")
@@ -120,7 +121,7 @@ class PrefixDPOBenchmark:
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
         self.device = torch.device(cfg.device)
-        self.dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+        self.dtype = compute_dtype(cfg)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=cfg.dtype == "bf16")
         self.tolerance = 1e-5 if cfg.dtype == "fp32" else 1e-2
         self.backend = choose_attention_backend(cfg.attention_backend, self.device, self.dtype)
@@ -209,10 +210,10 @@ class PrefixDPOBenchmark:
         seconds: dict[str, list[float]] = {form.name: [] for form in self.formats}
         for round_number in range(cfg.rounds + 1):
             for form in self.formats:
-                self.synchronize()
+                synchronize(self.device)
                 start = time.perf_counter()
                 loss = self.step(form, pairs, reference)
-                self.synchronize()
+                synchronize(self.device)
                 if round_number > 0:
                     seconds[form.name].append(time.perf_counter() - start)
                 expected = loss.item() if expected is None else expected
@@ -234,7 +235,7 @@ class PrefixDPOBenchmark:
                 "flops": sum(batch.flops for batch in batches),
                 "building_share": statistics.median(building) / found["seconds"],
             }
-            if self.device.type == "cpu" and form.in_rows:
+            if self.device.type == "cpu" and isinstance(batches[0].inputs, Row):
                 step = functools.partial(self.step, form, pairs, reference)
                 found["matrix_share"] = seconds_of_matrix_products(step, cfg.rounds) / found["seconds"]
             if cfg.measure_memory:
@@ -256,11 +257,6 @@ class PrefixDPOBenchmark:
         command = [sys.executable, "-m", __name__ if __name__ != "__main__" else Path(__file__).stem, "--memory"]
         done = subprocess.run(command, input=OmegaConf.to_yaml(cfg), capture_output=True, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
-
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def time_steps(self) -> list[dict[str, Any]]:
         """Times every format on every workload."""

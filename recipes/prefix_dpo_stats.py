@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from prefix_sharing.attention import choose_attention_backend, rounding_of
+from prefix_sharing.attention import rounding_of
 from prefix_sharing.config import instantiate
 from prefix_sharing.datasets.stats import PERCENTILES, mark_example, measure_lengths, percentiles, plot_lengths
 from prefix_sharing.datasets.stats import prefix_ratio as ratio_of
@@ -26,7 +26,6 @@ from prefix_sharing.training import (
     build_dataset,
     build_model,
     build_plan,
-    compute_dtype,
     parse,
     set_up_logging,
 )
@@ -56,9 +55,8 @@ class PrefixDPOStats:
         self.cfg = cfg
         on_cuda = torch.cuda.is_available() if cfg.device is None else cfg.device.startswith("cuda")
         device = torch.device("cuda" if on_cuda else "cpu")
-        backend = choose_attention_backend(cfg.attention_backend, device, compute_dtype(cfg))
-        self.round_length = rounding_of(backend)
         self.model = build_model(cfg, device)  # on the meta device, whatever the device
+        self.round_length = rounding_of(self.model.attention_backend)
         self.tokenizer = instantiate("tokenizer", cfg.tokenizer)
         loss = instantiate("loss", cfg.loss)
         self.dataset = build_dataset("dataset", cfg, self.tokenizer, self.model, loss)

@@ -1,9 +1,11 @@
 """``prefix-tune``: torchtune's ``tune`` command, which also lists, copies and runs this package's recipes and configs.
 
-prefix-tune ls
-prefix-tune cp prefix_dpo_distributed my_recipe.py
-prefix-tune cat quickstart/single_device
-prefix-tune run prefix_dpo_single_device --config quickstart/single_device
+    prefix-tune ls
+    prefix-tune cp prefix_dpo_distributed my_recipe.py
+    prefix-tune cat quickstart/single_device
+    prefix-tune run prefix_dpo_single_device --config quickstart/single_device
+
+Plain ``tune run`` runs them as well.
 """
 
 import re

@@ -22,11 +22,15 @@ from prefix_sharing.rows import Row
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 
 
+def visible_in(row):
+    """The mask, token by token."""
+    token = torch.arange(row.tokens.shape[1], device=row.tokens.device)
+    i, j = token[:, None], token[None, :]
+    return (j <= i) & (i < row.subtree_end[None, :])
+
+
 def dense_attention(row, q, k, v):
-    length = row.tokens.shape[1]
-    i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
-    visible = (j <= i) & (i < row.subtree_end[None, :])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible_in(row), enable_gqa=True)
 
 
 def random_qkv(length, dtype):
@@ -84,9 +88,8 @@ def test_a_window_goes_over_positions(on_cpu, mask_class):
     def check(row_examples, window, at_predictors):
         row = Row.from_examples(row_examples)
         q, k, v = random_qkv(row.tokens.shape[1], torch.float64)
-        i, j = torch.arange(row.num_tokens)[:, None], torch.arange(row.num_tokens)[None, :]
         position = row.input_pos[0]
-        visible = (j <= i) & (i < row.subtree_end[None, :]) & (position[:, None] - position[None, :] < window)
+        visible = visible_in(row) & (position[:, None] - position[None, :] < window)
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=0.3, enable_gqa=True)
         queries = q
         if at_predictors:
@@ -102,11 +105,9 @@ def test_scores_are_capped(on_cpu, mask_class):
     prompt = list(range(9))
     row = Row.from_examples([[response([*prompt, *a], [0] * 9 + [1] * 4) for a in ([10] * 4, [11] * 4)]])
     q, k, v = random_qkv(row.num_tokens, torch.float64)
-    i, j = torch.arange(row.num_tokens)[:, None], torch.arange(row.num_tokens)[None, :]
-    visible = (j <= i) & (i < row.subtree_end[None, :])
     keys, values = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
     scores = 1.5 * torch.tanh(q @ keys.transpose(-1, -2) * 2.0 / 1.5)
-    expected = scores.masked_fill(~visible, float("-inf")).softmax(-1) @ values
+    expected = scores.masked_fill(~visible_in(row), float("-inf")).softmax(-1) @ values
     assert_same(mask_class(row).attend(q, k, v, scale=2.0, softcap=1.5), expected, (q, k, v), 1e-12)
 
 
@@ -162,9 +163,7 @@ def test_on_a_gpu_a_compiled_backend_is_dense_attention(backend, dtype, toleranc
         torch.randn(1, heads, length, head_dim, device=CUDA, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)
     )
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    i, j = torch.arange(length, device=CUDA)[:, None], torch.arange(length, device=CUDA)[None, :]
-    visible = (j <= i) & (i < row.subtree_end[None, :])
-    expected = F.scaled_dot_product_attention(*exact, attn_mask=visible, enable_gqa=True)
+    expected = dense_attention(row, *exact)
     rows = row.predictors if at_predictors else torch.arange(row.num_tokens, device=CUDA)
     expected = expected.index_select(2, rows)
     queries = q.index_select(2, rows) if at_predictors else q

@@ -38,6 +38,17 @@ def run_in_process(directory, recipe_class=PrefixDPORecipeSingleDevice, **overri
     return recipe
 
 
+def hf_checkpointer(directory, output_dir):
+    """A config's checkpointer that reads what a run of the quickstart wrote."""
+    return {
+        "_component_": "torchtune.training.FullModelHFCheckpointer",
+        "checkpoint_dir": str(directory),
+        "checkpoint_files": ["model-00001-of-00001.safetensors"],
+        "model_type": "LLAMA3",
+        "output_dir": str(output_dir),
+    }
+
+
 def tune_run(*arguments, cwd, timeout=300):
     """``tune run`` in a process of its own, in a directory of its own."""
     command = [str(Path(sys.executable).parent / "tune"), "run", *arguments]

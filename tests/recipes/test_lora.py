@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from omegaconf import OmegaConf
-from runs import eval_log, losses, make_config, run_in_process, training_log
+from runs import eval_log, hf_checkpointer, losses, make_config, run_in_process, training_log
 from safetensors.torch import load_file
 from test_distributed import run_distributed
 from torchtune.modules.peft import disable_adapter
@@ -68,14 +68,7 @@ def test_the_merged_model_computes_what_base_and_adapter_do(tmp_path):
     expected = recipe.model(row).log_probs
     merged = PrefixDPORecipeSingleDevice(
         make_config(
-            tmp_path / "merged",
-            checkpointer={
-                "_component_": "torchtune.training.FullModelHFCheckpointer",
-                "checkpoint_dir": str(tmp_path / "lora" / "epoch_0"),
-                "checkpoint_files": ["model-00001-of-00001.safetensors"],
-                "model_type": "LLAMA3",
-                "output_dir": str(tmp_path / "merged"),
-            },
+            tmp_path / "merged", checkpointer=hf_checkpointer(tmp_path / "lora" / "epoch_0", tmp_path / "merged")
         )
     )
     merged.setup()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from omegaconf import OmegaConf
-from runs import eval_log, losses, make_config, read_log, run_in_process, training_log
+from runs import eval_log, hf_checkpointer, losses, make_config, read_log, run_in_process, training_log
 from torchtune.models.llama3 import llama3
 from torchtune.training import FullModelHFCheckpointer
 
@@ -144,13 +144,7 @@ def test_nothing_to_resume_from_is_said(tmp_path):
 
 def test_another_checkpoint_can_be_the_reference(tmp_path):
     run_in_process(tmp_path / "first", dataset_val=None, **{"optimizer.lr": 1e-2})
-    reference = {
-        "_component_": "torchtune.training.FullModelHFCheckpointer",
-        "checkpoint_dir": str(tmp_path / "first" / "epoch_0"),
-        "checkpoint_files": ["model-00001-of-00001.safetensors"],
-        "model_type": "LLAMA3",
-        "output_dir": str(tmp_path / "unused"),
-    }
+    reference = hf_checkpointer(tmp_path / "first" / "epoch_0", tmp_path / "unused")
     recipe = run_in_process(tmp_path / "second", dataset_val=None, ref_checkpointer=reference)
     model = load_checkpoint(tmp_path / "first" / "epoch_0", tmp_path)
     visited = recipe.plan.examples_visited(0, 1)

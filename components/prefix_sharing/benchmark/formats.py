@@ -60,7 +60,6 @@ class Format:
         log_probs (Callable[[MicroBatch], torch.Tensor]): of chosen and rejected, shape ``[P, 2]``.
         loss (Callable[[MicroBatch, torch.Tensor], torch.Tensor]): the sum over the pairs of a micro-batch, given the
             reference log-probs of all pairs, shape ``[N, 2]``.
-        in_rows (bool): whether a micro-batch is a ``Row``.
     """
 
     name: str
@@ -68,7 +67,6 @@ class Format:
     micro_batches: Callable[[Pairs], list[MicroBatch]]
     log_probs: Callable[[MicroBatch], torch.Tensor]
     loss: Callable[[MicroBatch, torch.Tensor], torch.Tensor]
-    in_rows: bool = True
 
 
 def build_formats(
@@ -95,14 +93,11 @@ def build_formats(
     """
     round_length = rounding_of(tree.attention_backend)
 
-    def flops_of(size: TreeSize) -> np.ndarray:
-        return 3 * forward_flops(tree, size)
-
     def rows(share_prefix: bool, packed: bool) -> Callable[[Pairs], list[MicroBatch]]:
         def micro_batches(pairs: Pairs) -> list[MicroBatch]:
             trees = [PrefixTree.from_responses(pair, share_prefix=share_prefix).size for pair in pairs]
             sizes = TreeSize(*(np.array(field) for field in zip(*trees, strict=True)))
-            flops = flops_of(sizes)
+            flops = 3 * forward_flops(tree, sizes)
             plan = Plan(
                 sizes=ExampleSizes(sizes.num_tokens, flops, np.ones(len(pairs), dtype=np.int64)),
                 examples_per_step=len(pairs),
@@ -131,8 +126,7 @@ def build_formats(
             input_ids, labels = padded_collate_dpo([as_torchtunes_sample(pair) for pair in some])
             num_tokens = sum(len(response.tokens) for pair in some for response in pair)
             inputs = (input_ids.to(device), labels.to(device))
-            sequences, length = input_ids.shape
-            flops = sequences * float(flops_of(TreeSize(length, length * (length + 1) / 2, length)))
+            flops = flops_of_padded(plain, *input_ids.shape)
             made.append(MicroBatch(indices, inputs, num_tokens, input_ids.numel(), flops))
         return made
 
@@ -151,7 +145,7 @@ def build_formats(
         return torchtunes_dpo(*log_probs, *reference[batch.pairs].unbind(1))[0].sum()
 
     formats = [
-        Format("torchtune", plain, padded, log_probs_of_padded, loss_of_padded, in_rows=False),
+        Format("torchtune", plain, padded, log_probs_of_padded, loss_of_padded),
         Format("paired_packed", plain, rows(share_prefix=False, packed=True), log_probs_of_row, loss_of_row),
         Format("prefix", plain, rows(share_prefix=True, packed=False), log_probs_of_row, loss_of_row),
         Format("prefix_packed", plain, rows(share_prefix=True, packed=True), log_probs_of_row, loss_of_row),
@@ -162,6 +156,12 @@ def build_formats(
 def in_batches(num_pairs: int, batch_size: int) -> list[list[int]]:
     """Indices of pairs, ``batch_size`` at a time."""
     return [list(range(first, min(first + batch_size, num_pairs))) for first in range(0, num_pairs, batch_size)]
+
+
+def flops_of_padded(plain: nn.Module, num_sequences: int, length: int) -> float:
+    """Floating-point operations of padded sequences, forward and backward, all of their logits included."""
+    every_token = TreeSize(length, length * (length + 1) / 2, length)
+    return 3 * num_sequences * float(forward_flops(plain, every_token))
 
 
 def as_torchtunes_sample(pair: Sequence[Response]) -> dict[str, list[int]]:

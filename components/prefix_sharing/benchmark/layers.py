@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torchtune.modules import MultiHeadAttention
 
 from prefix_sharing.attention import AttentionBackend, mask_builder, rounding_of
 from prefix_sharing.model import TreeTransformerLayer
@@ -36,6 +37,32 @@ def one_pair(prefix: int, completion: int) -> list[Response]:
     """
     scored = np.arange(prefix + completion + 1) >= prefix  # the last one is a target only
     return [Response(np.repeat([0, token], [prefix, completion + 1]), scored) for token in (1, 2)]
+
+
+def random_qkv(
+    attn: MultiHeadAttention, length: int, device: torch.device, autocast: torch.autocast
+) -> list[torch.Tensor]:
+    """Queries, keys and values of a row, in the precision that projections give.
+
+    Args:
+        attn (MultiHeadAttention): the attention, for its numbers of heads.
+        length (int): tokens in the row.
+        device (torch.device): where they lie.
+        autocast (torch.autocast): the precision.
+
+    Returns:
+        list[torch.Tensor]: each of shape ``[1, heads, length, head_dim]``, with gradients.
+    """
+    dtype = torch.get_autocast_dtype(device.type) if autocast._enabled else torch.float32
+    return [
+        torch.randn(1, heads, length, attn.head_dim, device=device, dtype=dtype, requires_grad=True)
+        for heads in (attn.num_heads, attn.num_kv_heads, attn.num_kv_heads)
+    ]
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device; a CPU has nothing to wait for."""
+    torch.get_device_module(device).synchronize()
 
 
 def time_layers(
@@ -107,15 +134,11 @@ def _run(
     def attention_layer(x: torch.Tensor) -> torch.Tensor:
         return attn(x, x, mask=mask, input_pos=row.input_pos, query_pos=row.input_pos)
 
-    hidden = [(1, length, attn.embed_dim)]
-    heads = [(1, n, length, attn.head_dim) for n in (attn.num_heads, attn.num_kv_heads, attn.num_kv_heads)]
-    forward, shapes = {
-        "mlp": (layer.mlp, hidden),
-        "attention": (lambda q, k, v: mask.attend(q, k, v), heads),
-        "attention_layer": (attention_layer, hidden),
-    }[part]
-    dtype = torch.get_autocast_dtype(device.type) if part == "attention" and autocast._enabled else torch.float32
-    inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+    if part == "attention":
+        forward, inputs = mask.attend, random_qkv(attn, length, device, autocast)
+    else:
+        forward = layer.mlp if part == "mlp" else attention_layer
+        inputs = [torch.randn(1, length, attn.embed_dim, device=device, requires_grad=True)]
     with torch.no_grad(), autocast:
         gradient = torch.randn_like(forward(*inputs))
 
@@ -135,8 +158,7 @@ def _medians_in_turns(runs: Sequence[Callable[[], None]], rounds: int, device: t
         for of_run, run in zip(seconds, runs, strict=True):
             start = time.perf_counter()
             run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             of_run.append(time.perf_counter() - start)
     return [statistics.median(of_run[1:]) for of_run in seconds]
 

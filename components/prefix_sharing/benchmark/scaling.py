@@ -10,7 +10,7 @@ import torch
 
 import datasets
 from prefix_sharing.attention import mask_builder, rounding_of, tree_block_mask
-from prefix_sharing.benchmark.layers import one_pair
+from prefix_sharing.benchmark.layers import one_pair, random_qkv, synchronize
 from prefix_sharing.benchmark.workloads import draw_lengths, make_pairs
 from prefix_sharing.datasets import PrefixPreferenceDataset, StepLoader
 from prefix_sharing.datasets.tokenized import FEATURES, tokenized_example
@@ -50,68 +50,64 @@ def time_rows(
     flops_of_one = 3 * float(forward_flops(model, size)[0])
     attn = model.layers[0].attn
 
-    def timed(work: Callable[[], Any]) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    def step(row: Row) -> None:
-        with autocast:
-            loss = model(row).log_probs.sum()
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    new_chains = mask_builder("chains")
     found = []
     for length in num_tokens:
         num_examples = length // 512
         row = Row.from_examples([pair] * num_examples, round_length=rounding_of(model.attention_backend)).to(device)
-        heads = (attn.num_heads, attn.num_kv_heads, attn.num_kv_heads)
-        qkv = [
-            torch.randn(
-                1,
-                n,
-                row.tokens.shape[1],
-                attn.head_dim,
-                device=device,
-                dtype=torch.get_autocast_dtype(device.type) if autocast._enabled else torch.float32,
-                requires_grad=True,
-            )
-            for n in heads
-        ]
-        mask = model.new_mask(row)
-
-        def attention(mask: Any = mask, qkv: list[torch.Tensor] = qkv) -> None:
-            mask.attend(*qkv).sum().backward()
-
-        works = {
-            "chains_mask_s": lambda row=row: (new_chains(row), new_chains(row, at_predictors=True)),
-            "block_mask_s": lambda row=row: (
-                tree_block_mask(row.subtree_end),
-                tree_block_mask(row.subtree_end, queries=row.predictors),
-            ),
-            "attention_s": attention,
-            "step_s": lambda row=row: step(row),
-        }
-        seconds = {}
-        for name, work in works.items():
-            if name != "step_s" or length == min(num_tokens):
-                work()
-            seconds[name] = min(timed(work) for _ in range(1 if name == "step_s" else 3))
         found.append(
             {
                 "tokens": length,
-                **seconds,
+                **_seconds_of_row(model, row, device, autocast, warm_up=length == min(num_tokens)),
                 "attention_flops": num_examples * 12.0 * attn.num_heads * attn.head_dim * float(size.num_visible[0]),
                 "step_flops": num_examples * flops_of_one,
             }
         )
         progress()
     return found
+
+
+def _seconds_of_row(
+    model: TreeTransformerDecoder, row: Row, device: torch.device, autocast: torch.autocast, *, warm_up: bool
+) -> dict[str, float]:
+    """The least of three times of masks and attention, after one that does not count, and one time of a step.
+
+    The step of a long row takes minutes, so ``warm_up`` says whether one of those goes before, too.
+    """
+    new_chains = mask_builder("chains")
+    mask = model.new_mask(row)
+    qkv = random_qkv(model.layers[0].attn, row.tokens.shape[1], device, autocast)
+
+    def chains_mask() -> None:
+        new_chains(row)
+        new_chains(row, at_predictors=True)
+
+    def block_mask() -> None:
+        tree_block_mask(row.subtree_end)
+        tree_block_mask(row.subtree_end, queries=row.predictors)
+
+    def attention() -> None:
+        mask.attend(*qkv).sum().backward()
+
+    def step() -> None:
+        with autocast:
+            loss = model(row).log_probs.sum()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    def timed(work: Callable[[], None]) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    seconds = {}
+    for work in (chains_mask, block_mask, attention):
+        work()
+        seconds[f"{work.__name__}_s"] = min(timed(work) for _ in range(3))
+    if warm_up:
+        step()
+    return {**seconds, "step_s": timed(step)}
 
 
 def time_examples(num_examples: Sequence[int], pack_len: int, progress: Callable[[], None]) -> list[dict[str, Any]]:

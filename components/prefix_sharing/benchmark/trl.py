@@ -15,9 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from datasets import Dataset
-from prefix_sharing.benchmark.formats import Format, MicroBatch, Pairs, in_batches
-from prefix_sharing.model import forward_flops
-from prefix_sharing.rows import TreeSize
+from prefix_sharing.benchmark.formats import Format, MicroBatch, Pairs, flops_of_padded, in_batches
 from tokenizers import Tokenizer
 
 
@@ -53,10 +51,8 @@ def build_trl_format(plain: TransformerDecoder, device: torch.device, *, batch_s
             sequences, length = inputs["input_ids"].shape
             # Its output projection is computed for the tokens of responses only.
             num_projected = int(inputs["completion_mask"].sum())
-            flops = 3 * (
-                sequences * float(forward_flops(plain, TreeSize(length, length * (length + 1) / 2, length)))
-                - 2.0 * plain.tok_embeddings.weight.numel() * (sequences * length - num_projected)
-            )
+            not_projected = 6.0 * plain.tok_embeddings.weight.numel() * (sequences * length - num_projected)
+            flops = flops_of_padded(plain, sequences, length) - not_projected
             num_tokens = int(inputs["attention_mask"].sum())
             made.append(MicroBatch(indices, inputs, num_tokens, sequences * length, flops))
         return made
@@ -76,7 +72,7 @@ def build_trl_format(plain: TransformerDecoder, device: torch.device, *, batch_s
         inputs = {**batch.inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         return trainer.compute_loss(trainer.model, inputs) * len(batch.pairs)
 
-    return Format("trl", trainer.model, micro_batches, log_probs, loss, in_rows=False)
+    return Format("trl", trainer.model, micro_batches, log_probs, loss)
 
 
 def _as_transformers_model(plain: TransformerDecoder) -> LlamaForCausalLM:

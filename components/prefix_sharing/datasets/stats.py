@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from prefix_sharing.datasets.preference import PrefixPreferenceDataset
-from prefix_sharing.rows import Response
+from prefix_sharing.rows import Response, common_prefix_length
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 
@@ -28,19 +28,26 @@ class Lengths:
         prefix (np.ndarray): what all its responses begin with, shape ``[N]``.
         branches (list[np.ndarray]): what each response adds to that, the first responses, the second ones, and so on,
             each of shape ``[n]`` for the examples that have so many.
+        num_responses (np.ndarray): responses of each example, shape ``[N]``.
         example (np.ndarray): all of it, each token once, shape ``[N]``.
-        repeated (np.ndarray): all of it, the prefix once for each response, shape ``[N]``.
     """
 
     prefix: np.ndarray
     branches: list[np.ndarray]
+    num_responses: np.ndarray
     example: np.ndarray
-    repeated: np.ndarray
+
+    @property
+    def repeated(self) -> np.ndarray:
+        """All of it, the prefix once for each response, shape ``[N]``."""
+        return self.example + self.prefix * (self.num_responses - 1)
 
     def named(self) -> dict[str, np.ndarray]:
         """All of them, by what they are called: chosen and rejected where there are pairs."""
-        names = ["chosen", "rejected"] if len(self.branches) == 2 else [f"response {k + 1}" for k in range(99)]
-        return {"prefix": self.prefix, **dict(zip(names, self.branches, strict=False)), "example": self.example}
+        names = ["chosen", "rejected"]
+        if len(self.branches) != 2:
+            names = [f"response {k + 1}" for k in range(len(self.branches))]
+        return {"prefix": self.prefix, **dict(zip(names, self.branches, strict=True)), "example": self.example}
 
 
 def measure_lengths(dataset: PrefixPreferenceDataset) -> Lengths:
@@ -52,7 +59,7 @@ def measure_lengths(dataset: PrefixPreferenceDataset) -> Lengths:
     Returns:
         Lengths: of full response sequences.
     """
-    prefixes, totals = [], []
+    prefixes, examples = [], []
     branches: list[list[int]] = [[] for _ in range(dataset.num_responses)]
     for i in tqdm(range(len(dataset)), desc="Reading examples", unit="example", delay=1):
         responses = dataset[i]
@@ -61,18 +68,14 @@ def measure_lengths(dataset: PrefixPreferenceDataset) -> Lengths:
         lengths = [len(response.tokens) - prefix for response in responses]
         for of_place, length in zip(branches, lengths, strict=False):
             of_place.append(length)
-        totals.append((sum(lengths), len(lengths)))
-    prefix = np.array(prefixes)
-    of_branches, num_responses = np.array(totals).T
-    return Lengths(prefix, [np.array(b) for b in branches], prefix + of_branches, prefix * num_responses + of_branches)
+        examples.append(prefix + sum(lengths))
+    of_branches = [np.array(of_place) for of_place in branches]
+    return Lengths(np.array(prefixes), of_branches, dataset.num_responses_of, np.array(examples))
 
 
 def shared_prefix(responses: Sequence[Response]) -> int:
     """How many tokens all responses begin with."""
-    length = min(len(response.tokens) for response in responses)
-    first = responses[0].tokens[:length]
-    same = np.logical_and.reduce([response.tokens[:length] == first for response in responses])
-    return length if same.all() else int(same.argmin())
+    return common_prefix_length([response.tokens for response in responses])
 
 
 def percentiles(values: np.ndarray) -> dict[str, int]:
@@ -149,8 +152,4 @@ def plot_lengths(lengths: Lengths, title: str, file: Path) -> None:
 def prefix_ratio(lengths: Lengths) -> np.ndarray:
     """Tokens of the prefix over the mean of the responses, shape ``[N]``."""
     of_branches = lengths.example - lengths.prefix
-    # repeated - example is the prefix once for each response but the first
-    num_responses = np.where(
-        lengths.prefix > 0, 1 + (lengths.repeated - lengths.example) / lengths.prefix.clip(min=1), len(lengths.branches)
-    )
-    return lengths.prefix * num_responses / of_branches.clip(min=1)
+    return lengths.prefix * lengths.num_responses / of_branches.clip(min=1)

@@ -4,9 +4,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
-from prefix_sharing.losses.pairs import PairwiseLoss, average_log_probs, chosen_and_rejected
+from prefix_sharing.losses.pairs import (
+    PairwiseLoss,
+    average_log_probs,
+    check_beta_and_label_smoothing,
+    chosen_and_rejected,
+    smoothed_log_sigmoid_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,9 @@ class CPOLoss:
     needs_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise ValueError(f"beta must be positive, not {self.beta}.")
+        check_beta_and_label_smoothing(self.beta, self.label_smoothing)
         if self.cpo_alpha < 0:
             raise ValueError(f"cpo_alpha must not be negative, but is {self.cpo_alpha}.")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}.")
 
     def __call__(
         self, log_probs: torch.Tensor, num_scored: torch.Tensor, reference_log_probs: torch.Tensor | None = None
@@ -58,7 +60,6 @@ class CPOLoss:
             PairwiseLoss: losses and rewards, each of shape ``[P]``.
         """
         chosen_rewards, rejected_rewards = chosen_and_rejected(self.beta * log_probs)
-        h = chosen_rewards - rejected_rewards
-        losses = -(1 - self.label_smoothing) * F.logsigmoid(h) - self.label_smoothing * F.logsigmoid(-h)
+        losses = smoothed_log_sigmoid_loss(chosen_rewards - rejected_rewards, self.label_smoothing)
         losses = losses - self.cpo_alpha * average_log_probs(log_probs, num_scored)[:, 0]
         return PairwiseLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())

@@ -8,11 +8,13 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from prefix_sharing.losses.pairs import PairwiseLoss, average_log_probs, chosen_and_rejected
-
-
-def _log_sigmoid(h: torch.Tensor, eps: float) -> torch.Tensor:
-    return -(1 - eps) * F.logsigmoid(h) - eps * F.logsigmoid(-h)
+from prefix_sharing.losses.pairs import (
+    PairwiseLoss,
+    average_log_probs,
+    check_beta_and_label_smoothing,
+    chosen_and_rejected,
+    smoothed_log_sigmoid_loss,
+)
 
 
 def _robust(h: torch.Tensor, eps: float) -> torch.Tensor:
@@ -26,8 +28,8 @@ def _exo_pair(h: torch.Tensor, eps: float) -> torch.Tensor:
 
 # Of h, beta times the difference of the two scores, and of label_smoothing.
 _OF_DIFFERENCE: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "sigmoid": _log_sigmoid,
-    "sigmoid_norm": _log_sigmoid,
+    "sigmoid": smoothed_log_sigmoid_loss,
+    "sigmoid_norm": smoothed_log_sigmoid_loss,
     "hinge": lambda h, eps: torch.relu(1 - h),
     "robust": _robust,
     "exo_pair": _exo_pair,
@@ -103,10 +105,7 @@ class DPOLoss:
     needs_reference: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise ValueError(f"beta must be positive, not {self.beta}.")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}.")
+        check_beta_and_label_smoothing(self.beta, self.label_smoothing)
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, not {self.loss_type}.")
         if self.f_divergence not in F_DIVERGENCES:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 class PairwiseLoss(NamedTuple):
@@ -46,3 +47,20 @@ def chosen_and_rejected(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 def average_log_probs(log_probs: torch.Tensor, num_scored: torch.Tensor) -> torch.Tensor:
     """Log-probs per scored token, ``[P, 2]``; 0 for a response with none."""
     return log_probs / num_scored.clamp(min=1)
+
+
+def smoothed_log_sigmoid_loss(h: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    """``-log sigmoid(h)``, where a preference is the wrong way round with probability ``label_smoothing``."""
+    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+
+
+def check_beta_and_label_smoothing(beta: float, label_smoothing: float) -> None:
+    """Refuses what is out of range.
+
+    Raises:
+        ValueError: if ``beta`` is not positive or ``label_smoothing`` not in [0, 0.5).
+    """
+    if beta <= 0:
+        raise ValueError(f"beta must be positive, not {beta}.")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be at least 0 and below 0.5, not {label_smoothing}.")

@@ -4,9 +4,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
-from prefix_sharing.losses.pairs import PairwiseLoss, average_log_probs, chosen_and_rejected
+from prefix_sharing.losses.pairs import (
+    PairwiseLoss,
+    average_log_probs,
+    check_beta_and_label_smoothing,
+    chosen_and_rejected,
+    smoothed_log_sigmoid_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,7 @@ class SimPOLoss:
     needs_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise ValueError(f"beta must be positive, not {self.beta}.")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}.")
+        check_beta_and_label_smoothing(self.beta, self.label_smoothing)
         if self.gamma is not None and self.gamma_beta_ratio is not None:
             raise ValueError("gamma and gamma_beta_ratio both set the margin; give one of them.")
 
@@ -69,5 +71,5 @@ class SimPOLoss:
         """
         chosen_rewards, rejected_rewards = chosen_and_rejected(self.beta * average_log_probs(log_probs, num_scored))
         logits = chosen_rewards - rejected_rewards - self.margin
-        losses = -(1 - self.label_smoothing) * F.logsigmoid(logits) - self.label_smoothing * F.logsigmoid(-logits)
+        losses = smoothed_log_sigmoid_loss(logits, self.label_smoothing)
         return PairwiseLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())

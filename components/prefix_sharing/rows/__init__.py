@@ -4,7 +4,7 @@ from prefix_sharing.rows.packing import deal, first_fit_decreasing, lower_bound,
 from prefix_sharing.rows.plan import Epoch, ExampleSizes, Plan, Step
 from prefix_sharing.rows.report import PlanReport, report_plan
 from prefix_sharing.rows.row import Row, bucket_length
-from prefix_sharing.rows.tree import Chain, PrefixTree, Response, TreeSize
+from prefix_sharing.rows.tree import Chain, PrefixTree, Response, TreeSize, common_prefix_length
 
 __all__ = [
     "Chain",
@@ -18,6 +18,7 @@ __all__ = [
     "Step",
     "TreeSize",
     "bucket_length",
+    "common_prefix_length",
     "deal",
     "first_fit_decreasing",
     "lower_bound",

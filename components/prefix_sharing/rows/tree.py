@@ -180,7 +180,7 @@ class _Layout:
                 children.setdefault(int(self.inputs[k][depth]), []).append(k)
 
         for i, siblings in enumerate(children.values()):
-            shared = _common_prefix_length([self.inputs[k][depth:] for k in siblings])
+            shared = common_prefix_length([self.inputs[k][depth:] for k in siblings])
             span = (self.length, self.length + shared)
             self.tokens.append(self.inputs[siblings[0]][depth : depth + shared])
             self.positions.append(np.arange(depth, depth + shared))
@@ -198,7 +198,8 @@ class _Layout:
             subtree_end[:] = self.length
 
 
-def _common_prefix_length(sequences: list[np.ndarray]) -> int:
+def common_prefix_length(sequences: Sequence[np.ndarray]) -> int:
+    """How many tokens all sequences begin with."""
     first = sequences[0]
     length = min(len(s) for s in sequences)
     for other in sequences[1:]:

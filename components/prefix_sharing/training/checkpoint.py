@@ -1,5 +1,6 @@
 """Weights and training state, on one device or sharded, by torchtune's checkpointers."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -120,13 +121,15 @@ def save_checkpoint(
     """
     is_last = epoch + 1 == cfg.epochs
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
     adapter_only = has_adapter(model) and cfg.save_adapter_weights_only
+    # The frozen base need not be gathered where the adapter alone is saved.
+    weights = get_model_state_dict(model, options=dataclasses.replace(options, ignore_frozen_params=adapter_only))
     checkpoint = {}
     if has_adapter(model) and is_rank_zero():
         adapter, adapter_config = adapter_to_save(model, weights)
         checkpoint |= {training.ADAPTER_KEY: adapter, training.ADAPTER_CONFIG: adapter_config}
-        weights = None if adapter_only else merged(model, weights)
+        if not adapter_only:
+            weights = merged(model, weights)
     if not adapter_only:
         checkpoint[training.MODEL_KEY] = weights
     if not is_last:

@@ -43,11 +43,6 @@ def init_process_group(device: torch.device) -> None:
     dist.init_process_group(backend, timeout=_TIMEOUT)
 
 
-def is_distributed() -> bool:
-    """Whether there is a process group."""
-    return dist.is_initialized()
-
-
 def is_rank_zero() -> bool:
     """Whether this process is the first, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0

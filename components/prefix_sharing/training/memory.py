@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torchtune import training
 
-from prefix_sharing.model import TreeTransformerDecoder, TreeTransformerLayer
+from prefix_sharing.model import TreeTransformerDecoder
 
 _ATTENTION = [
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -38,17 +38,12 @@ def checkpoint_activations(model: TreeTransformerDecoder, ac_mode: str) -> None:
         ac_mode (str): ``full`` keeps nothing but each layer's input. ``selective`` also keeps what attention gave, the
             costliest to compute again for its size, and all of the last layer, which is computed for few tokens.
     """
-    context_fn = {}
+    wrap, layers = checkpoint_wrapper, set(model.layers)
     if ac_mode == "selective":
-        context_fn["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _ATTENTION)
-    last = model.layers[-1]
-    apply_activation_checkpointing(
-        model,
-        checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, **context_fn),
-        check_fn=lambda module: (
-            isinstance(module, TreeTransformerLayer) and not (ac_mode == "selective" and module is last)
-        ),
-    )
+        keep_attention = functools.partial(create_selective_checkpoint_contexts, _ATTENTION)
+        wrap = functools.partial(checkpoint_wrapper, context_fn=keep_attention)
+        layers.remove(model.layers[-1])
+    apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrap, check_fn=layers.__contains__)
 
 
 def memory_by_part(model: nn.Module, optimizer: Optimizer) -> dict[str, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -21,7 +22,7 @@ from prefix_sharing.datasets import PrefixPreferenceDataset
 from prefix_sharing.errors import UserError
 from prefix_sharing.model import TreeTransformerDecoder, to_tree_model
 from prefix_sharing.training.adapters import freeze_base, has_adapter, trainable_parameters
-from prefix_sharing.training.distributed import is_distributed, is_rank_zero, rank_zero_first
+from prefix_sharing.training.distributed import is_rank_zero, rank_zero_first
 from prefix_sharing.training.memory import checkpoint_activations
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def build_model(cfg: DictConfig, device: torch.device) -> TreeTransformerDecoder
         model = instantiate("model", cfg.model)
     backend = choose_attention_backend(cfg.attention_backend, device, compute_dtype(cfg))
     model = to_tree_model(model, backend, cfg.flex_kernel_options)
-    freeze_base(model, torch.float32 if is_distributed() else compute_dtype(cfg))
+    freeze_base(model, torch.float32 if dist.is_initialized() else compute_dtype(cfg))
     if cfg.compile:
         training.compile_model(model, verbose=is_rank_zero())
     if cfg.enable_activation_checkpointing:
