@@ -16,12 +16,13 @@ from torchtune import training
 from tqdm import tqdm
 
 from prefix_sharing.config import instantiate
-from prefix_sharing.losses import PairwiseLoss, take_pairs
+from prefix_sharing.losses import LossOutput
 from prefix_sharing.model import ResponseLogProbs, TreeTransformerDecoder
 from prefix_sharing.reference.log_probs import FrozenReference, KnownReference, set_up_reference
 from prefix_sharing.rows import Row
 from prefix_sharing.training import (
     DistributedConfig,
+    Evaluation,
     StepMetrics,
     build_dataset,
     build_loader,
@@ -32,6 +33,7 @@ from prefix_sharing.training import (
     build_val_plan,
     clip_grad_norm,
     compute_dtype,
+    device_mesh,
     draw_curves,
     evaluate,
     init_process_group,
@@ -43,6 +45,7 @@ from prefix_sharing.training import (
     memory_by_part,
     parse,
     peak_memory,
+    report_margins,
     reshard,
     save_checkpoint,
     set_up_device,
@@ -68,6 +71,7 @@ class PrefixDPORecipeDistributed:
         init_process_group(self.device)
         set_up_logging()
         self.world_size = dist.get_world_size()
+        self.mesh = device_mesh(self.device, cfg.data_parallel_replicate_dim)
         cfg.seed = training.set_seed(cfg.seed)
 
     def setup(self) -> None:
@@ -89,7 +93,7 @@ class PrefixDPORecipeDistributed:
             adapter=cfg.adapter_checkpoint,
         )
         cfg.seed = checkpoint.get(training.SEED_KEY, cfg.seed)
-        self.plan = build_plan(cfg, self.dataset, self.model)
+        self.plan = build_plan(cfg, self.dataset, self.model, self.loss)
         self.plan_val = build_val_plan(cfg, self.dataset_val, self.model, packed=self.dataset.packed)
         log_plan(self.plan, self.dataset, self.load)
         self.epochs_run = checkpoint.get(training.EPOCHS_KEY, 0)
@@ -124,8 +128,8 @@ class PrefixDPORecipeDistributed:
         shard_model(
             model,
             self.device,
+            mesh=self.mesh,
             compute_dtype=compute_dtype(cfg),
-            replicate_dim=cfg.data_parallel_replicate_dim,
             reshard_after_forward=cfg.fsdp_reshard_after_forward,
             cpu_offload=cfg.fsdp_cpu_offload,
         )
@@ -137,24 +141,24 @@ class PrefixDPORecipeDistributed:
 
     def loss_of(
         self, row: Row, output: ResponseLogProbs, reference: KnownReference | FrozenReference | None
-    ) -> PairwiseLoss:
-        """The loss of each of a row's pairs."""
+    ) -> LossOutput:
+        """The loss of a row, not reduced."""
         reference_log_probs = None if reference is None else reference(row)
-        return self.loss(*take_pairs(row.pairs, output.log_probs, output.num_scored, reference_log_probs))
+        return self.loss(output.log_probs, output.num_scored, reference_log_probs, row.pairs)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> Evaluation | None:
         """Evaluates on ``dataset_val`` over all ranks and logs under ``eval/``."""
         if self.dataset_val is None:
-            return {}
+            return None
         loss_of = functools.partial(self.loss_of, reference=self.reference_val)
         forward = functools.partial(self.forward, self.model)
         self.model.eval()
-        metrics = evaluate(forward, self.dataset_val, self.plan_val, self.load, loss_of)
+        found = evaluate(forward, self.dataset_val, self.plan_val, self.load, loss_of, self.loss.mean_over)
         self.model.train()
         reshard(self.model)
         if is_rank_zero():
-            self.metric_logger.log_dict(metrics, step=self.global_step)
-        return metrics
+            self.metric_logger.log_dict(found.metrics, step=self.global_step)
+        return found
 
     def train(self) -> None:
         """The training loop."""
@@ -168,7 +172,7 @@ class PrefixDPORecipeDistributed:
                 unit="step",
                 disable=not is_rank_zero(),
             )
-            metrics = StepMetrics(self.device)
+            metrics = StepMetrics(self.device, self.loss.mean_over)
             for step in self.load(self.dataset, self.plan.epoch(epoch)):
                 for i, row in enumerate(step.rows, start=1):
                     # Gradients are added up over ranks in the backward pass of the step's last row.
@@ -177,8 +181,8 @@ class PrefixDPORecipeDistributed:
                     with self.activations_handling:
                         output = self.forward(self.model, row)
                     loss = self.loss_of(row, output, self.reference)
-                    # The mean over the pairs of the step on all ranks; FSDP divides gradients by their number.
-                    (loss.losses.sum() * self.world_size / step.num_pairs).backward()
+                    # The mean over the step's pairs (or other terms) on all ranks, by whose number FSDP divides.
+                    (loss.losses.sum() * self.world_size / step.num_terms).backward()
                     metrics.add(row, output, loss)
 
                 grad_norm = clip_grad_norm(self.model, cfg.clip_grad_norm)
@@ -196,8 +200,8 @@ class PrefixDPORecipeDistributed:
                         values |= peak_memory(self.device) | memory_by_part(self.model, self.optimizer)
                     if is_rank_zero():
                         self.metric_logger.log_dict(values, step=self.global_step)
-                    progress.set_postfix(loss=f"{values['loss']:.4f}", accuracy=f"{values['rewards/accuracies']:.2f}")
-                    metrics = StepMetrics(self.device)
+                    progress.set_postfix(loss=f"{values['loss']:.4f}", accuracy=values.get("rewards/accuracies"))
+                    metrics = StepMetrics(self.device, self.loss.mean_over)
                 if cfg.run_val_every_n_steps is not None and self.global_step % cfg.run_val_every_n_steps == 0:
                     with metrics.paused():
                         after = self.evaluate()
@@ -209,6 +213,7 @@ class PrefixDPORecipeDistributed:
         if cfg.run_val_every_n_steps is None or self.global_step % cfg.run_val_every_n_steps != 0:
             after = self.evaluate()
         draw_curves(cfg)
+        report_margins(cfg, self.dataset_val, before, after)
         log.info(summarize_run(cfg, self.model, self.dataset, self.global_step, before, after))
 
     def cleanup(self) -> None:

@@ -15,11 +15,12 @@ from torchtune import training
 from tqdm import tqdm
 
 from prefix_sharing.config import instantiate
-from prefix_sharing.losses import PairwiseLoss, take_pairs
+from prefix_sharing.losses import LossOutput
 from prefix_sharing.model import ResponseLogProbs, TreeTransformerDecoder
 from prefix_sharing.reference.log_probs import FrozenReference, KnownReference, set_up_reference
 from prefix_sharing.rows import Row
 from prefix_sharing.training import (
+    Evaluation,
     StepMetrics,
     TrainingConfig,
     build_dataset,
@@ -41,6 +42,7 @@ from prefix_sharing.training import (
     memory_by_part,
     parse,
     peak_memory,
+    report_margins,
     save_checkpoint,
     set_up_device,
     set_up_logging,
@@ -83,7 +85,7 @@ class PrefixDPORecipeSingleDevice:
             adapter=cfg.adapter_checkpoint,
         )
         cfg.seed = checkpoint.get(training.SEED_KEY, cfg.seed)
-        self.plan = build_plan(cfg, self.dataset, self.model)
+        self.plan = build_plan(cfg, self.dataset, self.model, self.loss)
         self.plan_val = build_val_plan(cfg, self.dataset_val, self.model, packed=self.dataset.packed)
         log_plan(self.plan, self.dataset, self.load)
         self.epochs_run = checkpoint.get(training.EPOCHS_KEY, 0)
@@ -123,22 +125,22 @@ class PrefixDPORecipeSingleDevice:
 
     def loss_of(
         self, row: Row, output: ResponseLogProbs, reference: KnownReference | FrozenReference | None
-    ) -> PairwiseLoss:
-        """The loss of each of a row's pairs."""
+    ) -> LossOutput:
+        """The loss of a row, not reduced."""
         reference_log_probs = None if reference is None else reference(row)
-        return self.loss(*take_pairs(row.pairs, output.log_probs, output.num_scored, reference_log_probs))
+        return self.loss(output.log_probs, output.num_scored, reference_log_probs, row.pairs)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> Evaluation | None:
         """Evaluates on ``dataset_val`` and logs under ``eval/``."""
         if self.dataset_val is None:
-            return {}
+            return None
         loss_of = functools.partial(self.loss_of, reference=self.reference_val)
         forward = functools.partial(self.forward, self.model)
         self.model.eval()
-        metrics = evaluate(forward, self.dataset_val, self.plan_val, self.load, loss_of)
+        found = evaluate(forward, self.dataset_val, self.plan_val, self.load, loss_of, self.loss.mean_over)
         self.model.train()
-        self.metric_logger.log_dict(metrics, step=self.global_step)
-        return metrics
+        self.metric_logger.log_dict(found.metrics, step=self.global_step)
+        return found
 
     def train(self) -> None:
         """The training loop."""
@@ -147,15 +149,15 @@ class PrefixDPORecipeSingleDevice:
         self.profiler.start()
         for epoch in range(self.epochs_run, cfg.epochs):
             progress = tqdm(total=self.plan.steps_per_epoch, desc=f"Epoch {epoch + 1}/{cfg.epochs}", unit="step")
-            metrics = StepMetrics(self.device)
+            metrics = StepMetrics(self.device, self.loss.mean_over)
             for step in self.load(self.dataset, self.plan.epoch(epoch)):
                 for row in step.rows:
                     row = row.to(self.device)
                     with self.activations_handling:
                         output = self.forward(self.model, row)
                     loss = self.loss_of(row, output, self.reference)
-                    # The mean over the pairs of the step, however they are spread over rows.
-                    (loss.losses.sum() / step.num_pairs).backward()
+                    # The mean over the step's pairs (or other terms), however they are spread over rows.
+                    (loss.losses.sum() / step.num_terms).backward()
                     metrics.add(row, output, loss)
 
                 grad_norm = clip_grad_norm(self.model, cfg.clip_grad_norm)
@@ -172,8 +174,8 @@ class PrefixDPORecipeSingleDevice:
                     if cfg.log_peak_memory_stats:
                         values |= peak_memory(self.device) | memory_by_part(self.model, self.optimizer)
                     self.metric_logger.log_dict(values, step=self.global_step)
-                    progress.set_postfix(loss=f"{values['loss']:.4f}", accuracy=f"{values['rewards/accuracies']:.2f}")
-                    metrics = StepMetrics(self.device)
+                    progress.set_postfix(loss=f"{values['loss']:.4f}", accuracy=values.get("rewards/accuracies"))
+                    metrics = StepMetrics(self.device, self.loss.mean_over)
                 if cfg.run_val_every_n_steps is not None and self.global_step % cfg.run_val_every_n_steps == 0:
                     with metrics.paused():
                         after = self.evaluate()
@@ -185,6 +187,7 @@ class PrefixDPORecipeSingleDevice:
         if cfg.run_val_every_n_steps is None or self.global_step % cfg.run_val_every_n_steps != 0:
             after = self.evaluate()
         draw_curves(cfg)
+        report_margins(cfg, self.dataset_val, before, after)
         log.info(summarize_run(cfg, self.model, self.dataset, self.global_step, before, after))
 
     def cleanup(self) -> None:

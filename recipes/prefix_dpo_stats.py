@@ -60,7 +60,7 @@ class PrefixDPOStats:
         self.tokenizer = instantiate("tokenizer", cfg.tokenizer)
         loss = instantiate("loss", cfg.loss)
         self.dataset = build_dataset("dataset", cfg, self.tokenizer, self.model, loss)
-        self.plan = build_plan(cfg, self.dataset, self.model)
+        self.plan = build_plan(cfg, self.dataset, self.model, loss)
 
     def packings(self) -> list[dict[str, Any]]:
         """How full rows are at the config's ``pack_len`` and at others."""

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from prefix_sharing.losses import CPOLoss, DPOLoss, ORPOLoss, SimPOLoss
+from prefix_sharing.losses import CPOLoss, DPOLoss, ORPOLoss, PlackettLuceLoss, SimPOLoss
 from prefix_sharing.training import DistributedConfig
 from prefix_sharing.training.config import ReferenceConfig, _check_component
 
@@ -41,7 +41,7 @@ def test_snippets_give_the_builder_what_it_takes(snippet):
 
 def test_keys_that_migration_and_troubleshooting_name_exist():
     known = {field.name for field in (*fields(DistributedConfig), *fields(ReferenceConfig))}
-    for loss in (DPOLoss, SimPOLoss, ORPOLoss, CPOLoss):
+    for loss in (DPOLoss, SimPOLoss, ORPOLoss, CPOLoss, PlackettLuceLoss):
         known |= {field.name for field in fields(loss)}
     text = DOCS["migration.md"] + DOCS["troubleshooting.md"]
     for key in re.findall(r"`(?:loss|reference)\.(\w+)", text):

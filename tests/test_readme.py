@@ -64,6 +64,15 @@ def test_the_other_quickstart_commands_run(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_plan_is_made(tmp_path):
+    (command,) = (run for run in RUNS if "prefix_dpo_plan" in run)
+    smaller = ["model._component_=torchtune.models.llama3_2.llama3_2_1b", "pack_len=512"]
+    done = tune_run(*command[2:], *smaller, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"It fits into 72.0 GiB.*\nThe longest pack_len that fits", done.stdout)
+
+
+@pytest.mark.slow
 def test_copying_a_recipe_as_told_works(tmp_path):
     (block,) = (block for kind, block in BLOCKS if kind == "bash" and "my_recipe.py" in block)
     *copies, run = block.strip().splitlines()
@@ -95,7 +104,8 @@ def test_every_config_is_listed_and_exists():
             continue
         recipe = next(arg for arg in run if arg.startswith("prefix_dpo_"))
         assert find_config(name)
-        assert ("distributed" in recipe) == ("distributed" in name)
+        if recipe != "prefix_dpo_plan":  # which takes those of both
+            assert ("distributed" in recipe) == ("distributed" in name)
 
 
 def test_every_component_and_key_exists():
@@ -109,7 +119,7 @@ def test_every_component_and_key_exists():
 
 def test_every_form_of_data_is_read(tmp_path):
     rows = re.findall(r"^\| `(\w+)`[^|]* \| `(\{.*\})` \|$", README, re.MULTILINE)
-    assert [name for name, _ in rows] == ["messages", "messages", "messages", "text", "hh", "ranked"]
+    assert [name for name, _ in rows] == ["messages", "messages", "messages", "text", "hh", "ranked", "chat"]
     for i, (name, row) in enumerate(rows):
         # The table writes the second answer as "[...]" where it is like the first.
         chosen = re.search(r'"chosen": (\[.*?\])', row)

@@ -50,7 +50,8 @@ def response_log_probs(
 
     log_probs = torch.cat(token_log_probs)
     totals = log_probs.new_zeros(row.num_scored.numel())
-    return totals.index_add(0, row.scored_response, log_probs).view(row.num_scored.shape)
+    # A copy, because FSDP2 warns of modules that return views.
+    return totals.index_add(0, row.scored_response, log_probs).view(row.num_scored.shape).clone()
 
 
 class _TargetLogProbs(torch.autograd.Function):

@@ -76,6 +76,8 @@ ROWS = [
         {"prompt": "q", "responses": ["b", "c", "a"], "scores": [2, 1, 2]},
         [turns("q", "b"), turns("q", "a"), turns("q", "c")],
     ),
+    ("chat", {"messages": turns("q", "a", "q2", "good", system="s")}, EXPECTED_MULTI_TURN[:1]),
+    ("chat", {"messages": "\n\nHuman: q\n\nAssistant: good"}, EXPECTED[:1]),
 ]
 
 
@@ -104,6 +106,15 @@ def test_columns_are_renamed_by_column_map():
     assert to_conversations(row, "text", columns) == EXPECTED
 
 
+def test_messages_may_be_the_chosen_ones_of_preference_data():
+    row = {"prompt": "q", "chosen": turns("q", "good"), "rejected": turns("q", "bad"), "messages": turns("q", "x")}
+    columns = {"messages": "chosen"}
+    assert recognise_format(columns, list(row), [row]) == "chat"
+    assert to_conversations(row, "chat", columns) == EXPECTED[:1]
+    # without being told, a data set that has pairs is read as pairs
+    assert recognise_format({}, list(row), [row]) == "messages"
+
+
 def test_leading_empty_rows_do_not_decide_the_format():
     rows = [{"chosen": None, "rejected": None}, {"chosen": turns("q", "a"), "rejected": turns("q", "b")}]
     assert recognise_format({}, ["chosen", "rejected"], rows) == "messages"
@@ -112,8 +123,8 @@ def test_leading_empty_rows_do_not_decide_the_format():
 def test_unknown_forms_are_refused_with_the_columns_there_are():
     with pytest.raises(UserError, match="its columns are question, answer, which is none of the forms"):
         recognise_format({}, ["question", "answer"], [])
-    with pytest.raises(UserError, match="no format 'chat'; choose one of messages, text, hh, ranked"):
-        check_format("chat", {}, ["chosen"])
+    with pytest.raises(UserError, match="no format 'sft'; choose one of messages, text, hh, ranked, chat"):
+        check_format("sft", {}, ["chosen"])
     with pytest.raises(UserError, match="'text' needs a column 'prompt', but the columns are chosen, rejected"):
         check_format("text", {}, ["chosen", "rejected"])
 
@@ -149,6 +160,8 @@ MALFORMED = [
     ("hh", {"chosen": "hello", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "chosen", "must begin with"),
     ("hh", {"chosen": "\n\nHuman: q", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "chosen", "roles out of order"),
     ("hh", {"chosen": None, "rejected": "\n\nHuman: q\n\nAssistant: b"}, "chosen", "must be a string, but is missing"),
+    ("chat", {"messages": turns("q")}, "messages", "roles out of order (user)"),
+    ("chat", {"messages": None}, "messages", "must be a list of messages, but is missing"),
     ("ranked", {"prompt": "q", "responses": []}, "responses", "at least one response"),
     ("ranked", {"prompt": "q", "responses": "a"}, "responses", "at least one response"),
     ("ranked", {"prompt": "q", "responses": ["a", 1]}, "responses[1]", "but is a number"),

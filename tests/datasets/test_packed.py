@@ -37,7 +37,7 @@ def test_an_item_is_this_ranks_share_of_a_step(dataset, plan):
     assert len(packed) == len(steps) == 4
     for step, made in zip(steps, packed, strict=True):
         assert [row.examples.tolist() for row in made.rows] == step.rows
-        assert made.num_pairs == step.num_pairs == len(made.examples)
+        assert made.num_terms == step.num_terms == len(made.examples)
         for examples, row in zip(step.rows, made.rows, strict=True):
             assert row.num_tokens == dataset.sizes().num_tokens[examples].sum() <= 512
             assert_same(row, Row.from_examples([dataset[i] for i in examples], indices=examples, num_responses=2))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchtune.rlhf.loss import DPOLoss as TorchtuneDPOLoss
 
-from prefix_sharing.losses import CPOLoss, DPOLoss, ORPOLoss, SimPOLoss
+from prefix_sharing.losses import CPOLoss, DPOLoss, NLLLoss, ORPOLoss, PlackettLuceLoss, SimPOLoss
 from prefix_sharing.losses.dpo import LOSS_TYPES
 
 COUNTS = torch.tensor([[4, 2], [1, 5], [7, 7]])
@@ -166,3 +166,58 @@ def test_only_dpo_needs_a_reference():
     assert DPOLoss.needs_reference
     assert not SimPOLoss.needs_reference
     assert not ORPOLoss.needs_reference
+
+
+ALL_OF_FOUR = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+
+
+def random_rankings(num_examples=5, num_responses=4):
+    values = [-20 * torch.rand(num_examples, num_responses, dtype=torch.float64) for _ in range(2)]
+    pairs = torch.tensor([(a + e * num_responses, b + e * num_responses) for e in range(5) for a, b in ALL_OF_FOUR])
+    return *values, pairs
+
+
+def test_plackett_luce_is_the_likelihood_of_the_ranking():
+    policy, reference, pairs = random_rankings()
+    policy.requires_grad_()
+    loss = PlackettLuceLoss(beta=0.3)(policy, torch.ones_like(policy), reference, pairs)
+    rewards = 0.3 * (policy - reference)
+    # a response is drawn in proportion to exp(reward) from those that are left
+    expected = -sum((rewards[:, k] - torch.logsumexp(rewards[:, k:], dim=1)).sum() for k in range(3))
+    torch.testing.assert_close(loss.losses.sum(), expected, rtol=1e-12, atol=0)
+    ours, theirs = (torch.autograd.grad(value, policy, retain_graph=True)[0] for value in (loss.losses.sum(), expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+    assert (loss.losses.view(5, 4)[:, 3] == 0).all()
+    assert len(loss.chosen_rewards) == len(loss.rejected_rewards) == len(pairs)
+
+
+def test_plackett_luce_of_pairs_is_dpo():
+    policy, reference = random_pairs(scale=2000.0)
+    pairs = torch.arange(6).view(3, 2)
+    ours = PlackettLuceLoss(beta=0.5)(policy, COUNTS, reference, pairs)
+    dpo = DPOLoss(beta=0.5)(policy, COUNTS, reference)
+    torch.testing.assert_close(ours.losses[::2], dpo.losses, rtol=1e-12, atol=1e-300)
+    torch.testing.assert_close(ours.chosen_rewards, dpo.chosen_rewards)
+
+
+def test_tied_responses_do_not_compete_under_plackett_luce():
+    # the first is better than the two others, which are tied: only its own factor is left
+    rewards = torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64)
+    pairs = torch.tensor([(0, 1), (0, 2)])
+    loss = PlackettLuceLoss(beta=1.0)(rewards, torch.ones_like(rewards), torch.zeros_like(rewards), pairs)
+    assert loss.losses.sum().item() == pytest.approx(-math.log(math.exp(1) / (math.exp(1) + 1 + math.exp(-1))))
+
+
+@pytest.mark.parametrize("loss", [DPOLoss(), SimPOLoss(), ORPOLoss(), CPOLoss()])
+def test_pairs_are_read_off_responses(loss):
+    policy, reference, pairs = random_rankings()
+    counts = torch.randint(1, 9, policy.shape)
+    apart = [values.flatten()[pairs] for values in (policy, counts, reference)]
+    for a, b in zip(loss(policy, counts, reference, pairs), loss(*apart), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nll_is_a_sum_over_tokens():
+    loss = NLLLoss()(torch.tensor([[-3.0], [-5.0]]), torch.tensor([[2], [7]]))
+    assert loss.losses.tolist() == [3.0, 5.0]
+    assert loss.chosen_rewards.numel() == 0

@@ -1,5 +1,6 @@
 """The distributed recipe on gloo processes: the single-device loss curve, whatever the number of processes."""
 
+import pyarrow.parquet as pq
 import pytest
 from runs import SHORT, eval_log, losses, run_in_process, tune_run
 from test_single_device import load_checkpoint
@@ -36,6 +37,8 @@ def test_two_processes_follow_one_and_write_its_checkpoint(tmp_path):
     for key, value in eval_log(alone)[-1].items():
         if "per_second" not in key:
             assert eval_log(together)[-1][key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
+    margins = [pq.read_table(run / "margins.parquet")["margin_after"].to_numpy() for run in (together, alone)]
+    assert margins[0] == pytest.approx(margins[1], rel=1e-3, abs=1e-3)
     ours = load_checkpoint(together / "epoch_0", tmp_path).state_dict()
     for name, tensor in load_checkpoint(alone / "epoch_0", tmp_path).state_dict().items():
         assert (ours[name] - tensor).norm() <= 1e-3 * tensor.norm(), name

@@ -2,6 +2,7 @@
 
 import math
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -45,6 +46,19 @@ def run(tmp_path_factory):
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", output_dir / "datasets_cache")
         recipe = run_in_process(output_dir, log_peak_memory_stats=True)
     return recipe, output_dir
+
+
+def test_margins_of_held_out_pairs_are_those_of_the_evaluation(run):
+    recipe, output_dir = run
+    table = pq.read_table(output_dir / "margins.parquet")
+    assert table["source_row"].to_pylist() == list(range(len(recipe.dataset_val)))
+    before, after = (table[f"margin_{when}"].to_numpy() for when in ("before", "after"))
+    evaluation = eval_log(output_dir)[-1]
+    # DPO's reward is beta times the change, for the policy before training is the reference
+    assert 0.1 * (after - before).mean() == pytest.approx(evaluation["eval/rewards/margins"], rel=1e-5)
+    assert (after > before).mean() == evaluation["eval/rewards/accuracies"]
+    assert table["chosen_log_prob_after"].to_numpy().mean() == pytest.approx(evaluation["eval/log_probs/chosen"])
+    assert (output_dir / "margins.png").exists()
 
 
 def test_metrics_have_torchtunes_names(run):

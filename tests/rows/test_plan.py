@@ -36,7 +36,7 @@ def test_every_example_comes_exactly_once_an_epoch(plans):
         examples = [i for step in steps for row in step.rows for i in row]
         for step in steps:
             assert sorted(step.examples) == sorted(examples)
-            assert step.num_pairs == plans[0].sizes.num_pairs[examples].sum()
+            assert step.num_terms == plans[0].sizes.num_terms[examples].sum()
         seen += examples
     assert sorted(seen) == list(range(len(plans[0].sizes.num_tokens)))
 
@@ -131,4 +131,4 @@ def test_the_papers_mode_packs_the_whole_data_set_first():
     # first-fit decreasing: 4; 3 + 1; 2 + 2
     assert plan.rows_of_dataset == [[2], [0, 3], [1, 4]]
     assert [sorted(step.examples.tolist()) for step in plan.epoch()] == [[0, 2, 3], [1, 4]]
-    assert [step.num_pairs for step in plan.epoch()] == [3, 2]
+    assert [step.num_terms for step in plan.epoch()] == [3, 2]

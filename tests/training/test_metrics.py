@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from plain import response
-from prefix_sharing.losses import PairwiseLoss
+from prefix_sharing.losses import LossOutput
 from prefix_sharing.model import ResponseLogProbs
 from prefix_sharing.rows import Row
 from prefix_sharing.training import StepMetrics, peak_memory
@@ -18,7 +18,7 @@ def row_of(num_examples):
 def add(metrics, losses, chosen, rejected, log_probs):
     row = row_of(len(losses))
     output = ResponseLogProbs(torch.tensor(log_probs).view(-1, 2), row.num_scored)
-    metrics.add(row, output, PairwiseLoss(*(torch.tensor(x) for x in (losses, chosen, rejected))))
+    metrics.add(row, output, LossOutput(*(torch.tensor(x) for x in (losses, chosen, rejected))))
 
 
 def test_means_are_over_pairs_not_over_rows():
@@ -49,7 +49,7 @@ def test_a_rank_without_examples_adds_nothing():
     metrics.add(
         Row.from_examples([], num_responses=2),
         ResponseLogProbs(torch.zeros(0, 2), torch.zeros(0, 2)),
-        PairwiseLoss(*(torch.zeros(0) for _ in range(3))),
+        LossOutput(*(torch.zeros(0) for _ in range(3))),
     )
     values = metrics.compute()
     assert values["loss"] == 3.0

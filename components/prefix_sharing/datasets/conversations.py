@@ -9,6 +9,7 @@ messages    ``chosen``, ``rejected``, perhaps ``prompt``   lists of messages, Op
 text        ``prompt``, ``chosen``, ``rejected``           strings: a user's question and two answers
 hh          ``chosen``, ``rejected``                       Anthropic's transcripts, ``\n\nHuman: ...\n\nAssistant: ...``
 ranked      ``prompt``, ``responses``, perhaps ``scores``  K answers to one prompt; without scores, best first
+chat        ``messages``                                   for ``NLLLoss``: one conversation, messages or transcript
 =========== ============================================== =====================================================
 """
 
@@ -19,7 +20,7 @@ from typing import Any, Literal, get_args
 
 from prefix_sharing.errors import UserError
 
-Format = Literal["messages", "text", "hh", "ranked"]
+Format = Literal["messages", "text", "hh", "ranked", "chat"]
 
 Turn = dict[str, str]
 """A ``role`` (system, user, assistant or ipython) and a ``content``."""
@@ -29,6 +30,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "text": ("prompt", "chosen", "rejected"),
     "hh": ("chosen", "rejected"),
     "ranked": ("prompt", "responses"),
+    "chat": ("messages",),
 }
 
 _ROLES = {
@@ -68,12 +70,16 @@ def recognise_format(columns: Mapping[str, str], column_names: Sequence[str], fi
         UserError: if no format fits.
     """
     present = {
-        name for name in ("prompt", "chosen", "rejected", "responses") if columns.get(name, name) in column_names
+        name
+        for name in ("prompt", "chosen", "rejected", "responses", "messages")
+        if columns.get(name, name) in column_names
     }
 
     def first_value(name: str) -> Any:
         return next((row[columns.get(name, name)] for row in first_rows if row[columns.get(name, name)]), None)
 
+    if columns.get("messages") in column_names or ("messages" in present and not present & {"chosen", "responses"}):
+        return "chat"
     if {"prompt", "responses"} <= present:
         return "ranked"
     if {"chosen", "rejected"} <= present:
@@ -86,7 +92,8 @@ def recognise_format(columns: Mapping[str, str], column_names: Sequence[str], fi
             return "hh"
     raise UserError(
         f"dataset: its columns are {', '.join(column_names)}, which is none of the forms known: "
-        "chosen and rejected (message lists or HH transcripts), prompt, chosen and rejected, or prompt and responses; "
+        "chosen and rejected (message lists or HH transcripts), prompt, chosen and rejected, prompt and responses, or "
+        "messages; "
         "name them with column_map."
     )
 
@@ -122,10 +129,16 @@ def to_conversations(row: Mapping[str, Any], row_format: Format, columns: Mappin
     Raises:
         RowError: if the row is malformed.
     """
-    named = {name: columns.get(name, name) for name in ("prompt", "chosen", "rejected", "responses", "scores")}
+    named = {
+        name: columns.get(name, name) for name in ("prompt", "chosen", "rejected", "responses", "scores", "messages")
+    }
 
     if row_format == "hh":
         return [_parse_transcript(row[named[name]], named[name]) for name in ("chosen", "rejected")]
+
+    if row_format == "chat":
+        messages, key = row[named["messages"]], named["messages"]
+        return [_parse_transcript(messages, key) if isinstance(messages, str) else _answer([], messages, key, "chat")]
 
     prompt = row.get(named["prompt"])
     if prompt is not None or row_format != "messages":
@@ -161,7 +174,7 @@ def scores_best_first(row: Mapping[str, Any], row_format: Format, columns: Mappi
 
 def _answer(prompt: list[Turn], answer: Any, key: str, row_format: Format) -> list[Turn]:
     """The conversation that ends with an answer, which may be a string, messages, or the whole conversation."""
-    if isinstance(answer, str) and row_format != "messages":
+    if isinstance(answer, str) and row_format in ("text", "ranked"):
         turns = [*prompt, {"role": "assistant", "content": answer}]
     elif isinstance(answer, list) and row_format != "text":
         turns = _parse_messages(answer, key)
@@ -171,8 +184,8 @@ def _answer(prompt: list[Turn], answer: Any, key: str, row_format: Format) -> li
         elif turns[0]["role"] == "user" and prompt and prompt[0]["role"] == "system":
             turns = [prompt[0], *turns]
     else:
-        expected = {"messages": "a list of messages", "text": "a string", "ranked": "a string or a list of messages"}
-        raise RowError(key, f"must be {expected[row_format]}, but is {_kind(answer)}")
+        expected = {"text": "a string", "ranked": "a string or a list of messages"}
+        raise RowError(key, f"must be {expected.get(row_format, 'a list of messages')}, but is {_kind(answer)}")
     _check_order(turns, key)
     return turns
 

@@ -18,16 +18,16 @@ class StepRows:
     Attributes:
         rows (list[Row]): as many as on every other rank; one without examples is padding.
         examples (np.ndarray): the examples of the step over all ranks.
-        num_pairs (int): their pairs, which the step's loss is the mean over.
+        num_terms (int): their terms of the loss, such as pairs, which the step's loss is the mean over.
     """
 
     rows: list[Row]
     examples: np.ndarray
-    num_pairs: int
+    num_terms: int
 
     def pin_memory(self) -> "StepRows":
         """The same with tensors in pinned memory."""
-        return StepRows([row.pin_memory() for row in self.rows], self.examples, self.num_pairs)
+        return StepRows([row.pin_memory() for row in self.rows], self.examples, self.num_terms)
 
 
 class PackedPreferenceDataset(Dataset):
@@ -78,7 +78,7 @@ class PackedPreferenceDataset(Dataset):
             )
             for examples in step.rows
         ]
-        return StepRows(rows, step.examples, step.num_pairs)
+        return StepRows(rows, step.examples, step.num_terms)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class PrefixPreferenceDataset(Dataset):
         longest (int): tokens in the longest response sequence.
         largest_id (int): largest token id.
         num_pairs (np.ndarray): pairs of each example, shape ``[N]``.
+        num_scored (np.ndarray): scored tokens of each example, over its responses, shape ``[N]``.
         source_rows (np.ndarray): row of the split that each example was made of, shape ``[N]``.
         ids (pyarrow.Array): fingerprint of each example's tokens and of which are scored, shape ``[N]``.
     """
@@ -89,6 +90,7 @@ class PrefixPreferenceDataset(Dataset):
         self.longest = pc.max(columns.column("longest")).as_py()
         self.largest_id = pc.max(columns.column("largest_id")).as_py()
         self.num_pairs = columns.column("num_pairs").to_numpy()
+        self.num_scored = columns.column("num_scored").to_numpy()
         self.ids = columns.column("id").combine_chunks()
         self._sizes = {
             share_prefix: TreeSize(*(columns.column(f"{layout}_{field}").to_numpy() for field in TreeSize._fields))
@@ -111,6 +113,10 @@ class PrefixPreferenceDataset(Dataset):
     def pairs(self, index: int) -> np.ndarray:
         """Chosen and rejected response of each pair of an example, shape ``[pairs, 2]``."""
         return np.asarray(self._pairs[index]["pairs"], dtype=np.int64).reshape(-1, 2)
+
+    def num_terms(self, mean_over: str) -> np.ndarray:
+        """How many ``pairs``, ``examples`` or scored ``tokens`` each example has, shape ``[N]``."""
+        return {"pairs": self.num_pairs, "examples": np.ones_like(self.num_pairs), "tokens": self.num_scored}[mean_over]
 
     def sizes(self, share_prefix: bool = True) -> TreeSize:
         """The size of each example's tree.
@@ -165,7 +171,7 @@ def prefix_preference_dataset(
         tokenizer (ModelTokenizer): one of torchtune's, or ``prefix_sharing.tokenizers.hf_chat_tokenizer``.
         source (str): hub name, or the kind of the local files in ``data_files`` (``json``, ``parquet``).
         split (str): which split. Default: "train".
-        format (Format | None): ``messages``, ``text``, ``hh`` or ``ranked``. Default: None, recognised.
+        format (Format | None): ``messages``, ``text``, ``hh``, ``ranked`` or ``chat``. Default: None, recognised.
         column_map (dict[str, str] | None): actual name of a column for each expected one that is named otherwise.
         masking_strategy (MaskingStrategy | None): which tokens are scored: those of every assistant turn
             (``train_on_assistant``, torchtune's convention and the default), of the last one (``train_on_last``, TRL's

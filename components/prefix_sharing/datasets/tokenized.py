@@ -22,6 +22,7 @@ FEATURES = datasets.Features(
         "prompt": datasets.Value("string"),  # fingerprint of the prompt, or "" if the responses have several
         "num_responses": datasets.Value("int32"),
         "num_pairs": datasets.Value("int32"),
+        "num_scored": datasets.Value("int32"),
         "longest": datasets.Value("int32"),
         "largest_id": datasets.Value("int32"),
         **{f"{layout}_{name}": datasets.Value("int64") for layout in ("tree", "paired") for name in TreeSize._fields},
@@ -57,6 +58,7 @@ def tokenized_example(
         "prompt": prompt,
         "num_responses": len(tokens),
         "num_pairs": len(pairs),
+        "num_scored": sum(sum(flags[1:]) for flags in scored),  # nothing predicts the first token
         "longest": max(map(len, tokens)),
         "largest_id": max(map(max, tokens)),
         **{f"{layout}_{name}": value for layout, size in sizes.items() for name, value in size._asdict().items()},

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from prefix_sharing.losses.pairs import (
-    PairwiseLoss,
+    LossOutput,
     average_log_probs,
     check_beta_and_label_smoothing,
     chosen_and_rejected,
     smoothed_log_sigmoid_loss,
+    take_pairs,
 )
 
 
@@ -103,6 +104,7 @@ class DPOLoss:
     rpo_alpha: float = 0.0
 
     needs_reference: ClassVar[bool] = True
+    mean_over: ClassVar[str] = "pairs"
 
     def __post_init__(self) -> None:
         check_beta_and_label_smoothing(self.beta, self.label_smoothing)
@@ -118,18 +120,24 @@ class DPOLoss:
             raise ValueError(f"rpo_alpha must not be negative, but is {self.rpo_alpha}.")
 
     def __call__(
-        self, log_probs: torch.Tensor, num_scored: torch.Tensor, reference_log_probs: torch.Tensor
-    ) -> PairwiseLoss:
+        self,
+        log_probs: torch.Tensor,
+        num_scored: torch.Tensor,
+        reference_log_probs: torch.Tensor,
+        pairs: torch.Tensor | None = None,
+    ) -> LossOutput:
         """Computes the loss of each pair.
 
         Args:
-            log_probs (torch.Tensor): summed log-probs under the policy, chosen first, shape ``[P, 2]``.
-            num_scored (torch.Tensor): number of scored tokens, shape ``[P, 2]``; needed by what is per token.
-            reference_log_probs (torch.Tensor): summed log-probs under the reference, shape ``[P, 2]``.
+            log_probs (torch.Tensor): summed log-probs under the policy, shape ``[E, K]``.
+            num_scored (torch.Tensor): number of scored tokens, shape ``[E, K]``; needed by what is per token.
+            reference_log_probs (torch.Tensor): summed log-probs under the reference, shape ``[E, K]``.
+            pairs (torch.Tensor | None): see ``take_pairs``. Default: None, each example is a pair, chosen first.
 
         Returns:
-            PairwiseLoss: losses and rewards, each of shape ``[P]``.
+            LossOutput: losses and rewards, each of shape ``[P]``.
         """
+        log_probs, num_scored, reference_log_probs = take_pairs(pairs, log_probs, num_scored, reference_log_probs)
         log_ratios = log_probs - reference_log_probs
         scores = self._scores(log_ratios)
         if self.loss_type in _NORMALIZED:
@@ -144,7 +152,7 @@ class DPOLoss:
             losses = _OF_REWARDS[self.loss_type](chosen, rejected, self.beta)
         if self.rpo_alpha > 0:
             losses = losses - self.rpo_alpha * average_log_probs(log_probs, num_scored)[:, 0]
-        return PairwiseLoss(losses, chosen.detach(), rejected.detach())
+        return LossOutput(losses, chosen.detach(), rejected.detach())
 
     def _scores(self, log_ratios: torch.Tensor) -> torch.Tensor:
         """The derivative of the divergence's f at the ratio of policy to reference."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from prefix_sharing.losses.pairs import PairwiseLoss, average_log_probs, chosen_and_rejected
+from prefix_sharing.losses.pairs import LossOutput, average_log_probs, chosen_and_rejected, take_pairs
 
 
 @dataclass(frozen=True)
@@ -32,28 +32,35 @@ class ORPOLoss:
     beta: float = 0.1
 
     needs_reference: ClassVar[bool] = False
+    mean_over: ClassVar[str] = "pairs"
 
     def __post_init__(self) -> None:
         if self.beta < 0:
             raise ValueError(f"beta must not be negative, but is {self.beta}.")
 
     def __call__(
-        self, log_probs: torch.Tensor, num_scored: torch.Tensor, reference_log_probs: torch.Tensor | None = None
-    ) -> PairwiseLoss:
+        self,
+        log_probs: torch.Tensor,
+        num_scored: torch.Tensor,
+        reference_log_probs: torch.Tensor | None = None,
+        pairs: torch.Tensor | None = None,
+    ) -> LossOutput:
         """Computes the loss of each pair.
 
         Args:
-            log_probs (torch.Tensor): summed log-probs under the policy, chosen first, shape ``[P, 2]``.
-            num_scored (torch.Tensor): number of scored tokens, shape ``[P, 2]``.
+            log_probs (torch.Tensor): summed log-probs under the policy, shape ``[E, K]``.
+            num_scored (torch.Tensor): number of scored tokens, shape ``[E, K]``.
             reference_log_probs (torch.Tensor | None): not used.
+            pairs (torch.Tensor | None): see ``take_pairs``. Default: None, each example is a pair, chosen first.
 
         Returns:
-            PairwiseLoss: losses and rewards, each of shape ``[P]``.
+            LossOutput: losses and rewards, each of shape ``[P]``.
         """
+        log_probs, num_scored = take_pairs(pairs, log_probs, num_scored)
         chosen, rejected = chosen_and_rejected(average_log_probs(log_probs, num_scored))
         log_odds_ratio = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
         losses = -chosen - self.beta * F.logsigmoid(log_odds_ratio)
-        return PairwiseLoss(losses, self.beta * chosen.detach(), self.beta * rejected.detach())
+        return LossOutput(losses, self.beta * chosen.detach(), self.beta * rejected.detach())
 
 
 def _log1mexp(log_p: torch.Tensor) -> torch.Tensor:

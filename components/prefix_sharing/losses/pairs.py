@@ -1,4 +1,4 @@
-"""What the pairwise losses share: their result, and how pairs are read from the log-probs of responses."""
+"""What the losses share: their result, and how pairs are read from the log-probs of responses."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 
 
-class PairwiseLoss(NamedTuple):
-    """The loss of each pair, not reduced, with the implicit rewards of its two responses.
+class LossOutput(NamedTuple):
+    """The loss, not reduced, with the implicit rewards of the two responses of each pair.
 
     Attributes:
-        losses (torch.Tensor): shape ``[P]``.
+        losses (torch.Tensor): its sum is to be divided by the number of ``mean_over`` of the loss, so shape ``[P]``
+            for a loss that is a mean over pairs.
         chosen_rewards (torch.Tensor): detached, shape ``[P]``.
         rejected_rewards (torch.Tensor): detached, shape ``[P]``.
     """
@@ -20,17 +21,18 @@ class PairwiseLoss(NamedTuple):
     rejected_rewards: torch.Tensor
 
 
-def take_pairs(pairs: torch.Tensor, *values: torch.Tensor | None) -> list[torch.Tensor | None]:
+def take_pairs(pairs: torch.Tensor | None, *values: torch.Tensor | None) -> list[torch.Tensor | None]:
     """Reads pairs off values of responses, so that each response is computed once whatever the number of its pairs.
 
     Args:
-        pairs (torch.Tensor): ``example * K + response`` of chosen and rejected, shape ``[P, 2]``.
+        pairs (torch.Tensor | None): ``example * K + response`` of chosen and rejected, shape ``[P, 2]``; None if the
+            values are of pairs already.
         *values (torch.Tensor | None): values of each response, shape ``[E, K]``.
 
     Returns:
         list[torch.Tensor | None]: for each its values of the pairs, shape ``[P, 2]``; None for None.
     """
-    return [None if value is None else value.flatten()[pairs] for value in values]
+    return [value if value is None or pairs is None else value.flatten()[pairs] for value in values]
 
 
 def chosen_and_rejected(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

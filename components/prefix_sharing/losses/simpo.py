@@ -6,11 +6,12 @@ from typing import ClassVar
 import torch
 
 from prefix_sharing.losses.pairs import (
-    PairwiseLoss,
+    LossOutput,
     average_log_probs,
     check_beta_and_label_smoothing,
     chosen_and_rejected,
     smoothed_log_sigmoid_loss,
+    take_pairs,
 )
 
 
@@ -43,6 +44,7 @@ class SimPOLoss:
     label_smoothing: float = 0.0
 
     needs_reference: ClassVar[bool] = False
+    mean_over: ClassVar[str] = "pairs"
 
     def __post_init__(self) -> None:
         check_beta_and_label_smoothing(self.beta, self.label_smoothing)
@@ -57,19 +59,25 @@ class SimPOLoss:
         return self.beta * (0.25 if self.gamma_beta_ratio is None else self.gamma_beta_ratio)
 
     def __call__(
-        self, log_probs: torch.Tensor, num_scored: torch.Tensor, reference_log_probs: torch.Tensor | None = None
-    ) -> PairwiseLoss:
+        self,
+        log_probs: torch.Tensor,
+        num_scored: torch.Tensor,
+        reference_log_probs: torch.Tensor | None = None,
+        pairs: torch.Tensor | None = None,
+    ) -> LossOutput:
         """Computes the loss of each pair.
 
         Args:
-            log_probs (torch.Tensor): summed log-probs under the policy, chosen first, shape ``[P, 2]``.
-            num_scored (torch.Tensor): number of scored tokens, shape ``[P, 2]``.
+            log_probs (torch.Tensor): summed log-probs under the policy, shape ``[E, K]``.
+            num_scored (torch.Tensor): number of scored tokens, shape ``[E, K]``.
             reference_log_probs (torch.Tensor | None): not used.
+            pairs (torch.Tensor | None): see ``take_pairs``. Default: None, each example is a pair, chosen first.
 
         Returns:
-            PairwiseLoss: losses and rewards, each of shape ``[P]``.
+            LossOutput: losses and rewards, each of shape ``[P]``.
         """
+        log_probs, num_scored = take_pairs(pairs, log_probs, num_scored)
         chosen_rewards, rejected_rewards = chosen_and_rejected(self.beta * average_log_probs(log_probs, num_scored))
         logits = chosen_rewards - rejected_rewards - self.margin
         losses = smoothed_log_sigmoid_loss(logits, self.label_smoothing)
-        return PairwiseLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
+        return LossOutput(losses, chosen_rewards.detach(), rejected_rewards.detach())

@@ -25,12 +25,12 @@ class ExampleSizes(NamedTuple):
     Attributes:
         num_tokens (np.ndarray): tokens in a row, shape ``[N]``.
         cost (np.ndarray): what it costs the model, in any unit, shape ``[N]``.
-        num_pairs (np.ndarray): pairs it contributes to the loss, shape ``[N]``.
+        num_terms (np.ndarray): terms it contributes to the loss, such as pairs, shape ``[N]``.
     """
 
     num_tokens: np.ndarray
     cost: np.ndarray
-    num_pairs: np.ndarray
+    num_terms: np.ndarray
 
     @classmethod
     def uniform(cls, num_examples: int) -> "ExampleSizes":
@@ -47,12 +47,12 @@ class Step:
         rows (Rows): the examples of each of this rank's rows; every rank has the same number of rows, and one without
             examples is computed as padding.
         examples (np.ndarray): the examples of the step over all ranks.
-        num_pairs (int): their pairs.
+        num_terms (int): their terms of the loss.
     """
 
     rows: Rows
     examples: np.ndarray
-    num_pairs: int
+    num_terms: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,7 @@ class Epoch(Sequence):
             raise IndexError(step)
         rows = self.rows_of_ranks(step)[self.plan.rank]
         examples = self.examples(step)
-        return Step(rows, examples, int(self.plan.sizes.num_pairs[examples].sum()))
+        return Step(rows, examples, int(self.plan.sizes.num_terms[examples].sum()))
 
     def __iter__(self) -> Iterator[Step]:
         return (self[step] for step in range(len(self)))

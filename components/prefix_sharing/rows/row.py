@@ -152,15 +152,20 @@ class Row:
             paired_tokens=sum(tree.paired_tokens for tree in trees),
         )
 
+    def num_terms(self, mean_over: str) -> int:
+        """How many ``pairs``, ``examples`` or scored ``tokens`` there are, whichever a loss is the mean over."""
+        return {"pairs": len(self.pairs), "examples": len(self.examples), "tokens": len(self.scored_target)}[mean_over]
+
     def to(self, device: torch.device) -> "Row":
         """The same row with its tensors on ``device``."""
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Row":
         """The same row with its tensors in pinned memory, from which copies to a GPU do not wait."""
-        return self._with_tensors(torch.Tensor.pin_memory)
+        return self.map_tensors(torch.Tensor.pin_memory)
 
-    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Row":
+    def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Row":
+        """The same row with each of its tensors changed."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{n: change(v) for n, v in values.items() if isinstance(v, torch.Tensor)})
 

@@ -310,7 +310,7 @@ def _check_component(key: str, node: Any) -> None:
         component = resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"Config: {key}: there is no component '{path}': {one_line(error)}.") from error
-    if key == "loss" and not hasattr(component, "needs_reference"):
+    if key == "loss" and not (hasattr(component, "needs_reference") and hasattr(component, "mean_over")):
         raise UserError(
             f"Config: loss: {path} does not take log-probs of shape [E, K]; use one of prefix_sharing.losses."
         )

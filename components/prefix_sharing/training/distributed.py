@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
@@ -110,12 +111,37 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def device_mesh(device: torch.device, replicate_dim: int = 1) -> DeviceMesh:
+    """How the ranks share a model.
+
+    Args:
+        device (torch.device): where the model runs.
+        replicate_dim (int): groups of ranks with a full copy each (HSDP). Default: 1, sharded over all ranks.
+
+    Returns:
+        DeviceMesh: of one dimension, or of two if there are several groups.
+
+    Raises:
+        UserError: if the ranks cannot be divided so.
+    """
+    world_size = dist.get_world_size()
+    if world_size % replicate_dim:
+        raise UserError(
+            f"Config: data_parallel_replicate_dim is {replicate_dim}, which does not divide the {world_size} processes."
+        )
+    if replicate_dim == 1:
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(
+        device.type, (replicate_dim, world_size // replicate_dim), mesh_dim_names=("replicate", "shard")
+    )
+
+
 def shard_model(
     model: TreeTransformerDecoder,
     device: torch.device,
     *,
+    mesh: DeviceMesh,
     compute_dtype: torch.dtype,
-    replicate_dim: int = 1,
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> None:
@@ -127,20 +153,20 @@ def shard_model(
     Args:
         model (TreeTransformerDecoder): on the meta device, compiled and checkpointed already.
         device (torch.device): where the model runs.
+        mesh (DeviceMesh): as ``device_mesh`` makes it.
         compute_dtype (torch.dtype): what layers compute in.
-        replicate_dim (int): groups of ranks with a full copy each (HSDP). Default: 1, sharded over all ranks.
         reshard_after_forward (bool): whether gathered parameters are freed after a forward pass. Default: True.
         cpu_offload (bool): whether parameters, gradients and optimizer state live on the CPU. Default: False.
 
     Raises:
-        UserError: if the ranks cannot be divided so, offloading has nowhere to offload from, or the model is quantized.
+        UserError: if offloading has nowhere to offload from, or the model is quantized.
     """
     if any(isinstance(parameter.data, NF4Tensor) for parameter in model.parameters()):
         raise UserError("model: QLoRA runs on one device, with prefix_dpo_single_device; use LoRA here.")
     if cpu_offload and device.type == "cpu":
         raise UserError("Config: fsdp_cpu_offload: True needs a CUDA device; the model is on the CPU already.")
     options = {
-        "mesh": _device_mesh(device, replicate_dim),
+        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
         "reshard_after_forward": reshard_after_forward,
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
@@ -170,8 +196,9 @@ def materialize(model: nn.Module, device: torch.device, parameter_device: torch.
             zeros = torch.zeros(weight.shape, device=device)
             quantized = to_nf4(zeros, block_size=weight.block_size, scaler_block_size=weight.scaler_block_size)
             module.weight = nn.Parameter(quantized, requires_grad=False)
-    # The tables of rotary embeddings are no parameters: nothing loads them.
-    with device:
+    # The tables of rotary embeddings are no parameters: nothing loads them. They are real even in a model without
+    # values, that of prefix_dpo_plan, because making them takes a look at some.
+    with unset_fake_temporarily(), device:
         for module in model.modules():
             if hasattr(module, "rope_init"):
                 module.rope_init()
@@ -186,16 +213,3 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def _device_mesh(device: torch.device, replicate_dim: int) -> DeviceMesh:
-    world_size = dist.get_world_size()
-    if world_size % replicate_dim:
-        raise UserError(
-            f"Config: data_parallel_replicate_dim is {replicate_dim}, which does not divide the {world_size} processes."
-        )
-    if replicate_dim == 1:
-        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
-    return init_device_mesh(
-        device.type, (replicate_dim, world_size // replicate_dim), mesh_dim_names=("replicate", "shard")
-    )

@@ -1,16 +1,31 @@
-"""Metrics on held-out examples."""
+"""The policy on held-out examples: metrics, and what it makes of each response."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from prefix_sharing.datasets import PrefixPreferenceDataset, StepLoader
-from prefix_sharing.losses import PairwiseLoss
+from prefix_sharing.losses import LossOutput
 from prefix_sharing.model import ResponseLogProbs
 from prefix_sharing.rows import Plan, Row
-from prefix_sharing.training.distributed import is_rank_zero
+from prefix_sharing.training.distributed import is_rank_zero, sum_over_ranks
 from prefix_sharing.training.metrics import StepMetrics
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found, the same on every rank.
+
+    Attributes:
+        metrics (dict[str, float]): the metrics of ``StepMetrics`` under ``eval/``.
+        log_probs (torch.Tensor): summed log-probs of each example's responses, on the CPU, fp64, shape ``[N, K]``.
+        num_scored (torch.Tensor): number of scored tokens, likewise; 0 where an example has fewer than K responses.
+    """
+
+    metrics: dict[str, float]
+    log_probs: torch.Tensor
+    num_scored: torch.Tensor
 
 
 @torch.no_grad()
@@ -19,8 +34,9 @@ def evaluate(
     dataset: PrefixPreferenceDataset,
     plan: Plan,
     load: StepLoader,
-    loss_of: Callable[[Row, ResponseLogProbs], PairwiseLoss],
-) -> dict[str, float]:
+    loss_of: Callable[[Row, ResponseLogProbs], LossOutput],
+    mean_over: str,
+) -> Evaluation:
     """Evaluates the model as it is now on every example, over all ranks.
 
     Args:
@@ -28,13 +44,14 @@ def evaluate(
         dataset (PrefixPreferenceDataset): the held-out data set.
         plan (Plan): of a pass over it.
         load (StepLoader): builds the rows.
-        loss_of (Callable[[Row, ResponseLogProbs], PairwiseLoss]): the loss of a row's pairs, given what the model
-            returned for it.
+        loss_of (Callable[[Row, ResponseLogProbs], LossOutput]): the loss of a row, given the model's output.
+        mean_over (str): what that loss is the mean over.
 
     Returns:
-        dict[str, float]: the metrics of ``StepMetrics`` under ``eval/``.
+        Evaluation: metrics, and values of each response.
     """
-    metrics = StepMetrics(load.device)
+    metrics = StepMetrics(load.device, mean_over)
+    found = torch.zeros(2, len(dataset), dataset.num_responses, dtype=torch.float64, device=load.device)
     steps = plan.epoch()
     progress = tqdm(
         load(dataset, steps), total=len(steps), desc="Evaluating", unit="step", leave=False, disable=not is_rank_zero()
@@ -44,4 +61,7 @@ def evaluate(
             row = row.to(load.device)
             output = forward(row)
             metrics.add(row, output, loss_of(row, output))
-    return {f"eval/{name}": value for name, value in metrics.compute().items()}
+            found[:, row.examples] = torch.stack([values.to(found.dtype) for values in output])
+    log_probs, num_scored = sum_over_ranks(found).cpu()
+    values = {f"eval/{name}": value for name, value in metrics.compute().items()}
+    return Evaluation(values, log_probs, num_scored.long())

@@ -1,6 +1,7 @@
 """The plan of a run from its config: steps, rows, ranks, and what is said of them before the first step."""
 
 import logging
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -34,13 +35,14 @@ def build_loader(cfg: DictConfig, model: TreeTransformerDecoder, device: torch.d
     )
 
 
-def build_plan(cfg: DictConfig, dataset: PrefixPreferenceDataset, model: TreeTransformerDecoder) -> Plan:
+def build_plan(cfg: DictConfig, dataset: PrefixPreferenceDataset, model: TreeTransformerDecoder, loss: Any) -> Plan:
     """The plan of the run: which examples each step takes, and which of them share a row.
 
     Args:
         cfg (DictConfig): the run's config, its seed drawn.
         dataset (PrefixPreferenceDataset): the training data set.
         model (TreeTransformerDecoder): the model, for what its examples cost.
+        loss (Any): the loss, for what it is the mean over.
 
     Returns:
         Plan: for this rank.
@@ -56,7 +58,7 @@ def build_plan(cfg: DictConfig, dataset: PrefixPreferenceDataset, model: TreeTra
     if by_rows and not dataset.packed:
         raise UserError("Config: packing: dataset needs dataset.packed: True.")
     plan = Plan(
-        sizes=_example_sizes(cfg, dataset, model),
+        sizes=_example_sizes(cfg, dataset, model, loss.mean_over),
         examples_per_step=None if by_rows else _examples_per_step(cfg, world_size),
         batch_size=None if dataset.packed else cfg.batch_size,
         pack_len=_pack_len(cfg, dataset, "dataset") if dataset.packed else None,
@@ -117,9 +119,11 @@ def log_plan(plan: Plan, dataset: PrefixPreferenceDataset, load: StepLoader) -> 
         log.info("%s, %.1f %% of tokens saved by sharing", report_plan(plan, load.round_length), 100 * saved)
 
 
-def _example_sizes(cfg: DictConfig, dataset: PrefixPreferenceDataset, model: TreeTransformerDecoder) -> ExampleSizes:
+def _example_sizes(
+    cfg: DictConfig, dataset: PrefixPreferenceDataset, model: TreeTransformerDecoder, mean_over: str = "pairs"
+) -> ExampleSizes:
     sizes = dataset.sizes(cfg.share_prefix)
-    return ExampleSizes(sizes.num_tokens, forward_flops(model, sizes), dataset.num_pairs)
+    return ExampleSizes(sizes.num_tokens, forward_flops(model, sizes), dataset.num_terms(mean_over))
 
 
 def _examples_per_step(cfg: DictConfig, world_size: int) -> int:

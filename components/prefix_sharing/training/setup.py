@@ -23,6 +23,7 @@ from prefix_sharing.errors import UserError
 from prefix_sharing.model import TreeTransformerDecoder, to_tree_model
 from prefix_sharing.training.adapters import freeze_base, has_adapter, trainable_parameters
 from prefix_sharing.training.distributed import is_rank_zero, rank_zero_first
+from prefix_sharing.training.evaluation import Evaluation
 from prefix_sharing.training.memory import checkpoint_activations
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,12 @@ def build_dataset(key: str, cfg: DictConfig, tokenizer: Any, model: TreeTransfor
             f"{key}: the longest response sequence has {dataset.longest} tokens, but the model takes "
             f"{model.max_seq_len}; set {key}.max_seq_len."
         )
-    if dataset.num_pairs.min() == 0:
+    if loss.mean_over == "tokens" and dataset.num_pairs.max() > 0:
+        raise UserError(
+            f"{key}: {type(loss).__name__} is for examples of one response; {key}.column_map: {{messages: chosen}} "
+            "trains on the chosen ones."
+        )
+    if loss.mean_over != "tokens" and dataset.num_pairs.min() == 0:
         raise UserError(
             f"{key}: {type(loss).__name__} compares pairs, but {int((dataset.num_pairs == 0).sum()):,} of "
             f"{len(dataset):,} examples have one response only; leave them out with filter_fn."
@@ -189,8 +195,8 @@ def summarize_run(
     model: nn.Module,
     dataset: PrefixPreferenceDataset,
     num_steps: int,
-    before: dict[str, float],
-    after: dict[str, float],
+    before: Evaluation | None,
+    after: Evaluation | None,
 ) -> str:
     """The last line of a run: what was trained, where it lies, and what became of the held-out accuracy.
 
@@ -199,8 +205,8 @@ def summarize_run(
         model (nn.Module): the model.
         dataset (PrefixPreferenceDataset): the training data set.
         num_steps (int): optimizer steps done.
-        before (dict[str, float]): the evaluation before training; empty if there is no held-out data.
-        after (dict[str, float]): the evaluation after it.
+        before (Evaluation | None): the evaluation before training; None if there is no held-out data.
+        after (Evaluation | None): the evaluation after it.
 
     Returns:
         str: one line.
@@ -214,5 +220,8 @@ def summarize_run(
         f"Trained {model_name} ({millions}) with {loss_name} for {num_steps:,} steps on "
         f"{dataset.name} ({len(dataset):,} examples); it lies in {where}"
     )
-    name = "eval/rewards/accuracies"
-    return f"{line}; held-out accuracy {before[name]:.3f} -> {after[name]:.3f}." if after else f"{line}."
+    if after is None:
+        return f"{line}."
+    accuracy = "eval/rewards/accuracies"
+    name, what = (accuracy, "accuracy") if accuracy in after.metrics else ("eval/loss", "loss")
+    return f"{line}; held-out {what} {before.metrics[name]:.3f} -> {after.metrics[name]:.3f}."

@@ -1,0 +1,66 @@
+"""Preference optimization over a ranking of several responses."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from prefix_sharing.losses.pairs import LossOutput, chosen_and_rejected, take_pairs
+
+
+@dataclass(frozen=True)
+class PlackettLuceLoss:
+    r"""DPO's loss of a ranking, `Direct Preference Optimization <https://arxiv.org/abs/2305.18290>`_, appendix A.3.
+
+    With the rewards :math:`r_k = \beta \log\frac{\pi(y_k|x)}{\pi_{ref}(y_k|x)}` and :math:`W_k`, the responses that
+    :math:`y_k` is paired with as the better one:
+
+    .. math::
+        L = -\sum_{k: W_k \neq \emptyset} \log\frac{\exp(r_k)}{\exp(r_k) + \sum_{j \in W_k} \exp(r_j)}
+
+    The data set's ``pairs`` decides what that is: with ``all`` the Plackett-Luce model of the ranking, in which tied
+    responses do not compete; with ``best_vs_rest`` its first factor, the best against all others at once. For K = 2 it
+    is DPO. A mean over examples.
+
+    Args:
+        beta (float): how strongly the policy is held to the reference. Default: 0.1.
+
+    Raises:
+        ValueError: if ``beta`` is not positive.
+    """
+
+    beta: float = 0.1
+
+    needs_reference: ClassVar[bool] = True
+    mean_over: ClassVar[str] = "examples"
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise ValueError(f"beta must be positive, not {self.beta}.")
+
+    def __call__(
+        self,
+        log_probs: torch.Tensor,
+        num_scored: torch.Tensor,
+        reference_log_probs: torch.Tensor,
+        pairs: torch.Tensor,
+    ) -> LossOutput:
+        """Computes the loss of each response that is better than another.
+
+        Args:
+            log_probs (torch.Tensor): summed log-probs under the policy, shape ``[E, K]``.
+            num_scored (torch.Tensor): not used.
+            reference_log_probs (torch.Tensor): summed log-probs under the reference, shape ``[E, K]``.
+            pairs (torch.Tensor): ``example * K + response`` of the better and the worse one, shape ``[P, 2]``.
+
+        Returns:
+            LossOutput: losses of shape ``[E * K]``, 0 for responses that are better than none; rewards ``[P]``.
+        """
+        rewards = self.beta * (log_probs - reference_log_probs)
+        chosen, rejected = chosen_and_rejected(*take_pairs(pairs, rewards))
+        differences, better = rejected - chosen, pairs[:, 0]
+        # log(1 + sum of exp(differences)) over the pairs of each better response, from its largest term.
+        largest = rewards.new_zeros(rewards.numel()).scatter_reduce(0, better, differences.detach(), "amax")
+        terms = torch.exp(differences - largest[better])
+        losses = largest + torch.log1p(torch.expm1(-largest).index_add(0, better, terms))
+        return LossOutput(losses, chosen.detach(), rejected.detach())
