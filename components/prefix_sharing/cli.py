@@ -21,6 +21,7 @@ RECIPES = {
     "prefix_dpo_distributed": True,
     "prefix_dpo_stats": False,
     "prefix_dpo_plan": False,
+    "prefix_dpo_answers": False,
     "prefix_dpo_benchmark": False,
 }
 """This package's recipes, and whether they run on several processes."""

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
+import torch
 from omegaconf import OmegaConf
 
 from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
@@ -67,6 +70,25 @@ def training_log(output_dir):
 
 def eval_log(output_dir):
     return [metrics for _, metrics in read_log(output_dir) if "eval/loss" in metrics]
+
+
+def evaluated_log_probs(output_dir, when="after"):
+    """What the run's evaluation found of each held-out pair, ``[N, 2]``."""
+    table = pq.read_table(Path(output_dir) / "margins.parquet")
+    return np.stack([table[f"{which}_log_prob_{when}"].to_numpy() for which in ("chosen", "rejected")], axis=1)
+
+
+def transformers_log_probs(model, dataset):
+    """The same by a model of transformers, one plain sequence at a time."""
+    found = np.zeros((len(dataset), 2))
+    for i in range(len(dataset)):
+        for k, response in enumerate(dataset[i]):
+            tokens = torch.from_numpy(response.tokens)[None]
+            with torch.no_grad():
+                log_probs = model(tokens).logits[0, :-1].log_softmax(-1)
+            picked = log_probs.gather(1, tokens[0, 1:, None])[:, 0]
+            found[i, k] = picked[torch.from_numpy(response.scored[1:])].sum()
+    return found
 
 
 def losses(output_dir):

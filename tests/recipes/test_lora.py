@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 from omegaconf import OmegaConf
-from runs import eval_log, hf_checkpointer, losses, make_config, run_in_process, training_log
+from runs import (
+    eval_log,
+    evaluated_log_probs,
+    hf_checkpointer,
+    losses,
+    make_config,
+    run_in_process,
+    training_log,
+    transformers_log_probs,
+)
 from safetensors.torch import load_file
 from test_distributed import run_distributed
 from torchtune.modules.peft import disable_adapter
@@ -14,6 +23,7 @@ from torchtune.modules.peft import disable_adapter
 from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
 from prefix_sharing.config import find_config
 from prefix_sharing.errors import UserError
+from prefix_sharing.quickstart import preference_pairs, tokenizer
 from prefix_sharing.rows import Row
 
 BASE = OmegaConf.to_container(OmegaConf.load(find_config("quickstart/single_device")).model)
@@ -73,6 +83,23 @@ def test_the_merged_model_computes_what_base_and_adapter_do(tmp_path):
     )
     merged.setup()
     torch.testing.assert_close(merged.model(row).log_probs, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_peft_and_transformers_load_what_was_written_and_agree(tmp_path, monkeypatch, use_dora):
+    transformers, peft = (pytest.importorskip(name) for name in ("transformers", "peft"))
+    run_in_process(tmp_path, save_adapter_weights_only=False, **lora(use_dora=use_dora))
+    held_out = preference_pairs(tokenizer(), num_pairs=16, seed=1)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    base = load(tmp_path / "initial_model", dtype=torch.float32)
+    assert evaluated_log_probs(tmp_path, "before") == pytest.approx(transformers_log_probs(base, held_out), abs=1e-3)
+    after = evaluated_log_probs(tmp_path)
+    merged = load(tmp_path / "epoch_0", dtype=torch.float32)
+    assert after == pytest.approx(transformers_log_probs(merged, held_out), abs=1e-3)
+    # It would refuse torchtune's torchao, of which nothing here makes use.
+    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
+    adapted = peft.PeftModel.from_pretrained(base, str(tmp_path / "epoch_0" / "adapter"))
+    assert after == pytest.approx(transformers_log_probs(adapted, held_out), abs=1e-3)
 
 
 def test_with_its_adapter_disabled_the_policy_is_the_base_model(tmp_path):

@@ -6,7 +6,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from omegaconf import OmegaConf
-from runs import eval_log, hf_checkpointer, losses, make_config, read_log, run_in_process, training_log
+from runs import (
+    eval_log,
+    evaluated_log_probs,
+    hf_checkpointer,
+    losses,
+    make_config,
+    read_log,
+    run_in_process,
+    training_log,
+    transformers_log_probs,
+)
 from torchtune.models.llama3 import llama3
 from torchtune.training import FullModelHFCheckpointer
 
@@ -98,17 +108,7 @@ def test_transformers_loads_the_checkpoint_and_agrees(run):
     _, output_dir = run
     model = transformers.AutoModelForCausalLM.from_pretrained(output_dir / "epoch_0", dtype=torch.float32)
     held_out = preference_pairs(hf_chat_tokenizer(str(output_dir / "epoch_0")), num_pairs=16, seed=1)
-    totals = torch.zeros(2)
-    for i in range(16):
-        for k, response in enumerate(held_out[i]):
-            tokens = torch.from_numpy(response.tokens)[None]
-            with torch.no_grad():
-                log_probs = model(tokens).logits[0, :-1].log_softmax(-1)
-            picked = log_probs.gather(1, tokens[0, 1:, None])[:, 0]
-            totals[k] += picked[torch.from_numpy(response.scored[1:])].sum() / 16
-    logged = eval_log(output_dir)[-1]
-    assert logged["eval/log_probs/chosen"] == pytest.approx(totals[0].item(), abs=1e-3)
-    assert logged["eval/log_probs/rejected"] == pytest.approx(totals[1].item(), abs=1e-3)
+    assert evaluated_log_probs(output_dir) == pytest.approx(transformers_log_probs(model, held_out), abs=1e-3)
 
 
 def test_resuming_continues_the_run(tmp_path):

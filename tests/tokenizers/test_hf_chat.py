@@ -118,6 +118,18 @@ def test_token_ids_are_those_of_apply_chat_template(make_tokenizer, template, me
     assert ours.tokenize_messages(messages)[0] == their_ids(turns)
     prompt = ours({"messages": messages[:-1]}, inference=True)
     assert prompt["tokens"] == their_ids(turns[:-1], add_generation_prompt=True)
+    # torchtune's recipes put an empty answer last to ask for one
+    kick_start = [*messages[:-1], Message(role="assistant", content="")]
+    assert ours({"messages": kick_start}, inference=True)["tokens"] == prompt["tokens"]
+
+
+def test_generation_stops_at_the_end_of_a_turn_and_pads_with_something_else(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML)
+    end_of_turn = tokenizer.special_tokens["<|end|>"]
+    assert end_of_turn in tokenizer.stop_tokens
+    assert tokenizer.pad_id not in (None, *tokenizer.stop_tokens)
+    ids, _ = tokenizer.tokenize_messages(CONVERSATIONS[1])
+    assert tokenizer.pad_id not in ids
 
 
 @pytest.mark.parametrize("template", ["chatml", "default_system", "generation_tag"])

@@ -1,5 +1,6 @@
 """Preference data sets: from rows as people have them to tokenized response sequences."""
 
+from prefix_sharing.datasets.mixture import preference_mixture
 from prefix_sharing.datasets.packed import PackedPreferenceDataset, StepLoader, StepRows
 from prefix_sharing.datasets.preference import (
     PrefixPreferenceDataset,
@@ -15,5 +16,6 @@ __all__ = [
     "StepRows",
     "packed_preference_dataset",
     "preference_dataset_from_rows",
+    "preference_mixture",
     "prefix_preference_dataset",
 ]

@@ -30,7 +30,14 @@ from prefix_sharing.datasets.conversations import (
 from prefix_sharing.datasets.grouping import group_by_prompt as merge_by_prompt
 from prefix_sharing.datasets.ranking import PairStrategy, pairs_with_a_preference
 from prefix_sharing.datasets.source import describe_row, describe_source, load_rows
-from prefix_sharing.datasets.tokenized import FEATURES, MERGED, dropped_example, fingerprint, tokenized_example
+from prefix_sharing.datasets.tokenized import (
+    BEYOND_ITS_SHARE,
+    FEATURES,
+    MERGED,
+    dropped_example,
+    fingerprint,
+    tokenized_example,
+)
 from prefix_sharing.errors import UserError
 from prefix_sharing.rows import Response, TreeSize
 
@@ -51,8 +58,10 @@ class PrefixPreferenceDataset(Dataset):
             ``prefix_sharing.datasets.tokenized.FEATURES``.
         name (str): where the rows come from, for messages.
         packed (bool): whether recipes pack its examples into rows by length. Default: False.
+        take (np.ndarray | None): which rows to use if they are not dropped, shape ``[rows]``. Default: None, all.
 
     Attributes:
+        tokenized (datasets.Dataset): as given.
         name (str): where the rows come from.
         packed (bool): whether recipes pack its examples.
         num_rows (int): rows read.
@@ -64,15 +73,20 @@ class PrefixPreferenceDataset(Dataset):
         largest_id (int): largest token id.
         num_pairs (np.ndarray): pairs of each example, shape ``[N]``.
         num_scored (np.ndarray): scored tokens of each example, over its responses, shape ``[N]``.
-        source_rows (np.ndarray): row of the split that each example was made of, shape ``[N]``.
+        source_rows (np.ndarray): row of ``tokenized`` that each example is, shape ``[N]``.
         ids (pyarrow.Array): fingerprint of each example's tokens and of which are scored, shape ``[N]``.
     """
 
-    def __init__(self, tokenized: datasets.Dataset, name: str, *, packed: bool = False) -> None:
+    def __init__(
+        self, tokenized: datasets.Dataset, name: str, *, packed: bool = False, take: np.ndarray | None = None
+    ) -> None:
+        self.tokenized = tokenized
         self.name = name
         self.packed = packed
         self.num_rows = len(tokenized)
         reasons = np.asarray(tokenized.data.column("dropped").to_pylist(), dtype=object)
+        if take is not None:
+            reasons[(reasons == "") & ~take] = BEYOND_ITS_SHARE
         counts = Counter(reasons.tolist())
         self.num_merged = counts.pop(MERGED, 0)
         self.dropped = {reason: n for reason, n in sorted(counts.items()) if reason}
@@ -117,6 +131,10 @@ class PrefixPreferenceDataset(Dataset):
     def num_terms(self, mean_over: str) -> np.ndarray:
         """How many ``pairs``, ``examples`` or scored ``tokens`` each example has, shape ``[N]``."""
         return {"pairs": self.num_pairs, "examples": np.ones_like(self.num_pairs), "tokens": self.num_scored}[mean_over]
+
+    def describe(self, index: int) -> str:
+        """Where an example comes from, for messages."""
+        return f"row {self.source_rows[index]} of the split of {self.name}"
 
     def sizes(self, share_prefix: bool = True) -> TreeSize:
         """The size of each example's tree.

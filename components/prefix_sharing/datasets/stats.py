@@ -93,17 +93,14 @@ def mark_example(tokenizer: Any, responses: Sequence[Response]) -> str:
     Returns:
         str: the prefix, then a paragraph for each branch.
     """
-    parameters = inspect.signature(tokenizer.decode).parameters
-    options = {"skip_special_tokens": False, "truncate_at_eos": False}
-    options = {name: value for name, value in options.items() if name in parameters}
 
     def marked(response: Response, start: int, end: int, colour: str) -> str:
         cuts = start + 1 + np.flatnonzero(np.diff(response.scored[start:end].astype(int)))
         text = ""
-        before = tokenizer.decode(response.tokens[:start].tolist(), **options)
+        before = decode_all(tokenizer, response.tokens[:start])
         for a, b in zip([start, *cuts], [*cuts, end], strict=True):
             # Together with what stands before: alone, a token may lose the space that it begins with.
-            until = tokenizer.decode(response.tokens[:b].tolist(), **options)
+            until = decode_all(tokenizer, response.tokens[:b])
             text += colour + (_SCORED if b > a and response.scored[a] else "") + until[len(before) :] + _RESET
             before = until
         return text
@@ -115,6 +112,21 @@ def mark_example(tokenizer: Any, responses: Sequence[Response]) -> str:
         parts += [f"branch {k + 1}, {added:,} tokens, {int(response.scored[prefix:].sum()):,} of them scored:"]
         parts += [marked(response, prefix, len(response.tokens), _BRANCHES[k % len(_BRANCHES)])]
     return "\n".join(parts)
+
+
+def decode_all(tokenizer: Any, tokens: np.ndarray) -> str:
+    """Text of tokens, special ones included.
+
+    Args:
+        tokenizer (Any): torchtune's or ours.
+        tokens (np.ndarray): token ids, shape ``[n]``.
+
+    Returns:
+        str: the text.
+    """
+    parameters = inspect.signature(tokenizer.decode).parameters
+    options = {"skip_special_tokens": False, "truncate_at_eos": False}
+    return tokenizer.decode(tokens.tolist(), **{name: value for name, value in options.items() if name in parameters})
 
 
 def plot_lengths(lengths: Lengths, title: str, file: Path) -> None:

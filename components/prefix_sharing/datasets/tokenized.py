@@ -12,6 +12,9 @@ from prefix_sharing.rows import PrefixTree, Response, TreeSize
 MERGED = "merged"
 """Stands in ``dropped`` where the responses of a row are with an earlier one's: the row is used."""
 
+BEYOND_ITS_SHARE = "beyond its share of the mixture"
+"""Why a row of a data set in a mixture is not used that would be used by itself."""
+
 FEATURES = datasets.Features(
     {
         "tokens": datasets.Sequence(datasets.Sequence(datasets.Value("int32"))),

@@ -63,16 +63,25 @@ class HFChatTokenizer:
         added_tokens = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in added_tokens.items() if token.special}
         self._special_ids = frozenset(self.special_tokens.values())
-        self.bos_id, self.eos_id, self.pad_id = (
+        self.bos_id, self.eos_id, pad_id = (
             self._tokenizer.token_to_id(self._named_tokens.get(name, ""))
             for name in ("bos_token", "eos_token", "pad_token")
         )
-        self.stop_tokens = [] if self.eos_id is None else [self.eos_id]
+        # torchtune's generate ignores what it takes for padding, which must not be the ends of turns in a prompt.
+        self.pad_id = 0 if pad_id in (None, self.eos_id) else pad_id
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """Tokens that end an answer: EOS, and what the template puts behind it."""
+        turns = [Message(role="user", content="q", masked=True), Message(role="assistant", content="a", masked=False)]
+        ids, masked = self.tokenize_messages(turns)
+        last = [token for token, is_masked in zip(ids, masked, strict=True) if not is_masked][-1]
+        return [token for token in dict.fromkeys((self.eos_id, last)) if token in self._special_ids]
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Encodes plain text.
@@ -109,7 +118,8 @@ class HFChatTokenizer:
 
         Args:
             messages (list[Message]): the conversation, text only.
-            add_end_tokens (bool): False ends with the generation prompt, for generation. Default: True.
+            add_end_tokens (bool): False ends with the generation prompt, for generation; it takes the place of a last,
+                empty turn of the assistant, with which torchtune's recipes ask for an answer. Default: True.
 
         Returns:
             tuple[list[int], list[bool]]: token ids, and for each whether it is masked, that is, not scored.
@@ -118,6 +128,8 @@ class HFChatTokenizer:
             UserError: if the template refuses the conversation, or a scored turn cannot be found with certainty in what
                 the template makes of it.
         """
+        if not add_end_tokens and messages[-1].role == "assistant" and not messages[-1].text_content:
+            messages = messages[:-1]
         turns = [_to_turn(message) for message in messages]
         text = self._template.render(turns, add_generation_prompt=not add_end_tokens)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)

@@ -1,7 +1,13 @@
 """What the recipes call: config, set-up, steps, metrics, checkpoints, and running on several processes."""
 
 from prefix_sharing.training.adapters import trainable_parameters
-from prefix_sharing.training.checkpoint import load_checkpoint, load_training_state, load_weights, save_checkpoint
+from prefix_sharing.training.checkpoint import (
+    load_checkpoint,
+    load_trained_checkpoint,
+    load_training_state,
+    load_weights,
+    save_checkpoint,
+)
 from prefix_sharing.training.config import DistributedConfig, TrainingConfig, check_config, parse
 from prefix_sharing.training.curves import draw_curves
 from prefix_sharing.training.distributed import (
@@ -50,6 +56,7 @@ __all__ = [
     "init_process_group",
     "is_rank_zero",
     "load_checkpoint",
+    "load_trained_checkpoint",
     "load_training_state",
     "load_weights",
     "log_plan",

@@ -7,10 +7,13 @@ as its reference; one that begins with a trained adapter has that.
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
 from torchtune.modules.peft import (
     DoRALinear,
     LoRALinear,
@@ -103,6 +106,31 @@ def adapter_to_save(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) ->
         "use_dora": isinstance(first, DoRALinear),
     }
     return weights, config
+
+
+def correct_peft_file(file: Path, adapter: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    """Puts right what torchtune 0.6.1 gets wrong when it writes an adapter for PEFT.
+
+    Hugging Face keeps the rows of query and key projections in another order, except for Qwen 2. torchtune reorders the
+    matrices B of all models, Qwen 2's as well, and DoRA's magnitudes of none.
+
+    Args:
+        file (Path): torchtune's ``adapter_model.safetensors``, written anew.
+        adapter (Mapping[str, torch.Tensor]): the adapter in torchtune's format.
+        model (nn.Module): the model it is of.
+    """
+    tensors = load_file(file)
+    for i, layer in enumerate(model.layers):
+        attn = layer.attn
+        for projection, num_heads in (("q_proj", attn.num_heads), ("k_proj", attn.num_kv_heads)):
+            rows = torch.arange(num_heads * attn.head_dim)
+            if not isinstance(attn.pos_embeddings, Qwen2RotaryPositionalEmbeddings):
+                rows = rows.view(num_heads, attn.head_dim // 2, 2).transpose(1, 2).flatten()
+            for ours, theirs in (("lora_b.weight", "lora_B.weight"), ("magnitude", "lora_magnitude_vector")):
+                tensor = adapter.get(f"layers.{i}.attn.{projection}.{ours}")
+                if tensor is not None:
+                    tensors[f"base_model.model.model.layers.{i}.self_attn.{projection}.{theirs}"] = tensor[rows]
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def merged(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -24,6 +24,7 @@ from prefix_sharing.config import explained, instantiate
 from prefix_sharing.errors import UserError
 from prefix_sharing.training.adapters import (
     adapter_to_save,
+    correct_peft_file,
     has_adapter,
     initial_adapter,
     is_adapter_key,
@@ -34,6 +35,8 @@ from prefix_sharing.training.distributed import broadcast_object, is_rank_zero
 log = logging.getLogger(__name__)
 
 LR_SCHEDULER_KEY = "lr_scheduler"
+
+_PEFT_FILE = "adapter_model.safetensors"
 
 
 def load_checkpoint(
@@ -67,6 +70,29 @@ def load_checkpoint(
     of_rank_zero = (training.MODEL_KEY, training.ADAPTER_KEY, training.OPT_KEY)
     small = broadcast_object({k: v for k, v in checkpoint.items() if k not in of_rank_zero})
     return checkpointer, {**{name: {} for name in of_rank_zero}, **small, **checkpoint}
+
+
+def load_trained_checkpoint(key: str, node: DictConfig) -> dict[str, Any]:
+    """Reads what a run that is done left in its ``output_dir``.
+
+    Args:
+        key (str): the config's key, for messages.
+        node (DictConfig): its value.
+
+    Returns:
+        dict[str, Any]: as for ``load_checkpoint``.
+
+    Raises:
+        UserError: if there is nothing.
+    """
+    epochs = sorted(Path(node.output_dir).glob("epoch_*"), key=lambda epoch: int(epoch.name.removeprefix("epoch_")))
+    if not epochs:
+        raise UserError(f"{key}: there is no epoch_0 in {node.output_dir}; train with this config first.")
+    adapter = epochs[-1] / "adapter_model.pt"
+    if adapter.exists():
+        return load_checkpoint(key, node, adapter=str(adapter))[1]
+    files = [str(file.resolve()) for file in _weight_files(epochs[-1])]
+    return load_checkpoint(key, OmegaConf.merge(node, {"checkpoint_files": files}))[1]
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], seed: int) -> None:
@@ -109,7 +135,7 @@ def save_checkpoint(
     """Writes the weights in the checkpointer's format and, unless training is done, what it takes to go on.
 
     Of a model with an adapter, the adapter alone, in torchtune's format and in PEFT's, and with
-    ``save_adapter_weights_only: False`` also the model it makes of the base.
+    ``save_adapter_weights_only: False`` also the model it makes of the base; PEFT's files are in ``adapter`` then.
 
     Args:
         checkpointer (Any): one of torchtune's.
@@ -143,6 +169,11 @@ def save_checkpoint(
         checkpointer.save_checkpoint(
             checkpoint, epoch=epoch, intermediate_checkpoint=not is_last, adapter_only=adapter_only
         )
+        epoch_dir = Path(cfg.checkpointer.output_dir) / f"epoch_{epoch}"
+        if has_adapter(model) and (epoch_dir / _PEFT_FILE).exists():
+            correct_peft_file(epoch_dir / _PEFT_FILE, adapter, model)
+        if has_adapter(model) and not adapter_only:
+            _put_adapter_apart(epoch_dir)
     if dist.is_initialized():
         dist.barrier()
 
@@ -163,6 +194,14 @@ def load_training_state(
         lr_scheduler.load_state_dict(checkpoint[LR_SCHEDULER_KEY])
 
 
+def _put_adapter_apart(epoch_dir: Path) -> None:
+    """Moves PEFT's files: from where they lie beside a whole model, transformers would apply the adapter once more."""
+    (epoch_dir / "adapter").mkdir(exist_ok=True)
+    for file in epoch_dir.glob("adapter_*"):
+        if file.suffix != ".pt":
+            file.replace(epoch_dir / "adapter" / file.name)
+
+
 def _options() -> StateDictOptions:
     return StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
 
@@ -181,11 +220,16 @@ def _weights_of_last_epoch(output_dir: Path) -> dict[str, Any]:
     if adapter.exists():  # over the base model that the config names
         log.info("Resuming after %d epochs from %s", epochs_done, adapter)
         return {"adapter_checkpoint": str(adapter.relative_to(output_dir))}
-    files = [file for file in sorted(epoch_dir.glob("*model*")) if file.suffix in (".safetensors", ".bin")]
-    if not files:
-        raise UserError(f"Config: resume_from_checkpoint is true, but there are no weights in {epoch_dir}.")
+    files = _weight_files(epoch_dir)
     log.info("Resuming after %d epochs from %s", epochs_done, epoch_dir)
     return {"checkpoint_files": [str(file.relative_to(output_dir)) for file in files]}
+
+
+def _weight_files(epoch_dir: Path) -> list[Path]:
+    files = [file for file in sorted(epoch_dir.glob("*model*")) if file.suffix in (".safetensors", ".bin")]
+    if not files:
+        raise UserError(f"checkpointer: there are no weights in {epoch_dir}.")
+    return files
 
 
 def _shape(shape: torch.Size | None) -> str:

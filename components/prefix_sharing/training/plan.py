@@ -144,7 +144,7 @@ def _pack_len(cfg: DictConfig, dataset: PrefixPreferenceDataset, key: str) -> in
         return pack_len
     if num_tokens[longest] > cfg.pack_len:
         raise UserError(
-            f"{key}: row {dataset.source_rows[longest]} of the split of {dataset.name} makes {num_tokens[longest]:,} "
+            f"{key}: {dataset.describe(longest)} makes {num_tokens[longest]:,} "
             f"tokens and does not fit into a row of pack_len {cfg.pack_len:,}; raise pack_len (auto fits the longest), "
             f"lower {key}.max_seq_len, or leave out group_by_prompt."
         )

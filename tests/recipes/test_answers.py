@@ -1,0 +1,91 @@
+"""Answers drawn from a model before and after training, by torchtune's own generation."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from runs import make_config, run_in_process, tune_run
+from test_lora import lora
+
+from plain import response
+from prefix_dpo_answers import AnswersConfig, PrefixDPOAnswers, split_at_answer
+from prefix_sharing.errors import UserError
+from prefix_sharing.quickstart import tokenizer
+
+
+def answers_of(directory, **overrides):
+    recipe = PrefixDPOAnswers(make_config(directory, config_class=AnswersConfig, max_new_tokens=8, **overrides))
+    recipe.run()
+    text = (directory / "answers.md").read_text()
+    return recipe, {
+        name: re.findall(rf"\*\*{name}\*\*\n\n````text\n(.*?)\n````", text, re.DOTALL)
+        for name in ("prompt", "before training", "after training", "response 1 of the data")
+    }
+
+
+@pytest.mark.parametrize("overrides", [{}, lora()])
+def test_answers_are_the_likeliest_tokens_of_each_model(tmp_path, overrides):
+    trained = run_in_process(tmp_path, **overrides)
+    recipe, answers = answers_of(tmp_path, num_prompts=2, **overrides)
+    assert [len(texts) for texts in answers.values()] == [2, 2, 2, 2]
+    assert answers["before training"] != answers["after training"]
+    assert all(prompt.rstrip().endswith("assistant") for prompt in answers["prompt"])
+
+    # One token after the other without a cache, from the weights that training ended with.
+    plain = recipe.new_model()
+    plain.load_state_dict(trained.model.state_dict())
+    tokens = list(split_at_answer(trained.dataset_val[0][0])[0])
+    start = len(tokens)
+    for _ in range(8):
+        with torch.no_grad():
+            tokens.append(plain(torch.tensor([tokens]))[0, -1].argmax().item())
+        if tokens[-1] in tokenizer().stop_tokens:
+            break
+    assert answers["after training"][0] == tokenizer().decode(tokens[start:]).strip()
+
+
+def test_a_sequence_is_parted_at_its_last_answer():
+    prompt, answer = split_at_answer(response([1, 2, 3, 4, 5, 6, 7], [0, 1, 1, 0, 1, 1, 0]))
+    assert prompt.tolist() == [1, 2, 3, 4]
+    assert answer.tolist() == [5, 6]
+    prompt, answer = split_at_answer(response([1, 2, 3], [0, 0, 1]))
+    assert np.concatenate([prompt, answer]).tolist() == [1, 2, 3]
+
+
+def test_a_run_that_is_not_done_is_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no epoch_0 in .*; train with this config first"):
+        answers_of(tmp_path)
+    with pytest.raises(UserError, match="prompts of dataset_val, and there is none"):
+        answers_of(tmp_path, dataset_val=None)
+
+
+@pytest.mark.slow
+def test_torchtunes_generate_recipe_runs_on_what_was_trained(tmp_path):
+    recipe = run_in_process(tmp_path, dataset_val=None)
+    cfg = make_config(tmp_path)
+    config = f"""
+output_dir: {tmp_path}
+model: {dict(cfg.model)}
+checkpointer:
+  _component_: torchtune.training.FullModelHFCheckpointer
+  checkpoint_dir: {tmp_path}/epoch_0
+  checkpoint_files: [model-00001-of-00001.safetensors]
+  model_type: LLAMA3
+  output_dir: {tmp_path}
+tokenizer: {dict(cfg.tokenizer)}
+device: cpu
+dtype: fp32
+seed: 0
+prompt: {{system: null, user: What did we find?}}
+max_new_tokens: 8
+temperature: 0.6
+top_k: 5
+enable_kv_cache: True
+quantizer: null
+"""
+    (tmp_path / "generate.yaml").write_text(config)
+    done = tune_run("generate", "--config", "generate.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "What did we find?" in done.stderr + done.stdout
+    assert recipe.global_step == 4
