@@ -9,6 +9,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from prefix_sharing.attention import show
 from prefix_sharing.losses import CPOLoss, DPOLoss, ORPOLoss, PlackettLuceLoss, SimPOLoss
 from prefix_sharing.training import DistributedConfig
 from prefix_sharing.training.config import ReferenceConfig, _check_component
@@ -25,6 +26,22 @@ def test_every_key_is_documented_once_with_its_default():
     for name, default in table:
         if default not in ("", "required", "null"):
             assert default == f"`{defaults[name]}`"
+
+
+def test_the_mask_shown_is_the_one_that_is_drawn(capsys, monkeypatch):
+    (command,) = re.findall(r"`python -m prefix_sharing.attention.show (.*?)`", DOCS["how_it_works.md"])
+    monkeypatch.setattr("sys.argv", ["show", *command.split()])
+    show.main()
+    drawn = capsys.readouterr().out.splitlines()[:-1]
+    (picture,) = re.findall(r"```\n(█.*?)\n```", DOCS["how_it_works.md"], re.DOTALL)
+    assert picture.splitlines() == drawn
+
+
+def test_every_part_that_is_named_is_there():
+    package = Path(show.__file__).parents[1]
+    parts = re.findall(r"`(\w+(?:/|\.py))`", DOCS["how_it_works.md"])
+    assert len(parts) >= 9
+    assert all((package / part).exists() for part in parts)
 
 
 def test_every_component_named_exists():

@@ -51,6 +51,8 @@ def test_the_other_quickstart_commands_run(tmp_path):
     others = [run for run in RUNS if any(arg.startswith("quickstart/") for arg in run)][1:]
     (stats,) = (run for run in others if "prefix_dpo_stats" in run)
     others.remove(stats)
+    (answers,) = (run for run in others if "prefix_dpo_answers" in run)
+    others.remove(answers)
     assert len(others) == 2  # distributed, and another loss
     done = tune_run(*stats[2:], *SHORT_OVERRIDES, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -61,6 +63,10 @@ def test_the_other_quickstart_commands_run(tmp_path):
         done = tune_run(*command[2:], *SHORT_OVERRIDES, cwd=directory)
         assert done.returncode == 0, done.stderr[-3000:]
         assert len(losses(directory / "quickstart_output")) == 4
+    # of the run that was just done, on one device as any
+    done = tune_run(*answers[2:], *SHORT_OVERRIDES, "max_new_tokens=8", cwd=directory)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "**after training**" in (directory / "quickstart_output" / "answers.md").read_text()
 
 
 @pytest.mark.slow

@@ -24,8 +24,8 @@ def values():
     return policy, counts, reference
 
 
-def trls_losses(loss, policy, counts, reference, *, loss_types, weights=(1.0,)):
-    """What DPOTrainer computes for each pair by itself."""
+def trls_losses(loss, policy, counts, reference, *, loss_types, weights=(1.0,), pairs_at_once=1):
+    """What DPOTrainer computes for each pair by itself, or the mean over several at once."""
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), gather=lambda value: value, gather_for_metrics=lambda value: value
     )
@@ -47,23 +47,25 @@ def trls_losses(loss, policy, counts, reference, *, loss_types, weights=(1.0,)):
         _tp_size=1,
     )
     losses = []
-    for log_probs, num_scored, of_reference in zip(policy, counts, reference, strict=True):
+    for at_once in torch.arange(len(policy)).split(pairs_at_once):
+        # Chosen ones first, then rejected ones.
+        log_probs, num_scored, of_reference = (values[at_once].T.flatten() for values in (policy, counts, reference))
         length = int(num_scored.max())
         scored = torch.arange(length) < num_scored[:, None]
         # One token before the response, which predicts its first.
-        completion_mask = torch.cat([torch.zeros(2, 1, dtype=torch.long), scored.long()], dim=1)
+        completion_mask = torch.cat([torch.zeros(len(scored), 1, dtype=torch.long), scored.long()], dim=1)
         # Each token as likely as the others of its response.
         per_token = (log_probs / num_scored)[:, None] * scored
         nothing = torch.zeros_like(per_token)
         output = SimpleNamespace(
-            log_probs=per_token, entropy=nothing, mean_logits=nothing, is_top1=torch.zeros(2, length, dtype=torch.bool)
+            log_probs=per_token, entropy=nothing, mean_logits=nothing, is_top1=torch.zeros_like(scored)
         )
         inputs = {
             "input_ids": completion_mask,
             "attention_mask": torch.ones_like(completion_mask),
             "completion_mask": completion_mask,
-            "ref_chosen_logps": of_reference[:1],
-            "ref_rejected_logps": of_reference[1:],
+            "ref_chosen_logps": of_reference[: len(at_once)],
+            "ref_rejected_logps": of_reference[len(at_once) :],
         }
         model = lambda output=output, **kwargs: output  # noqa: E731
         losses.append(dpo_trainer.DPOTrainer._compute_loss(trainer, model, inputs, False))
@@ -73,11 +75,13 @@ def trls_losses(loss, policy, counts, reference, *, loss_types, weights=(1.0,)):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_every_loss_type_is_trls(values, loss_type):
     # TRL smooths labels for these only.
-    label_smoothing = 0.1 if loss_type in ("robust", "exo_pair") else 0.0
+    label_smoothing = 0.1 if loss_type in ("robust", "exo_pair", "aot", "aot_unpaired") else 0.0
     loss = DPOLoss(beta=0.3, label_smoothing=label_smoothing, loss_type=loss_type)
-    torch.testing.assert_close(
-        loss(*values).losses, trls_losses(loss, *values, loss_types=[loss_type]), rtol=1e-6, atol=1e-6
-    )
+    ours = loss(*values).losses
+    together = trls_losses(loss, *values, loss_types=[loss_type], pairs_at_once=NUM_PAIRS)
+    torch.testing.assert_close(ours.mean(), together[0], rtol=1e-6, atol=1e-6)
+    if not loss_type.startswith("aot"):  # which compare pairs with one another
+        torch.testing.assert_close(ours, trls_losses(loss, *values, loss_types=[loss_type]), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torchtune.rlhf.loss import DPOLoss as TorchtuneDPOLoss
@@ -145,7 +146,7 @@ def test_no_examples_have_no_losses(loss):
         lambda: DPOLoss(0.1, 0.5),
         lambda: CPOLoss(beta=0),
         lambda: CPOLoss(cpo_alpha=-1),
-        lambda: DPOLoss(loss_type="aot"),
+        lambda: DPOLoss(loss_type="hing"),
         lambda: DPOLoss(f_divergence="total_variation"),
         lambda: DPOLoss(rpo_alpha=-1),
     ],
@@ -221,3 +222,18 @@ def test_nll_is_a_sum_over_tokens():
     loss = NLLLoss()(torch.tensor([[-3.0], [-5.0]]), torch.tensor([[2], [7]]))
     assert loss.losses.tolist() == [3.0, 5.0]
     assert loss.chosen_rewards.numel() == 0
+
+
+def test_aot_compares_quantiles():
+    policy, reference = random_pairs()
+    eps = 0.1
+    margins, reference_margins = (np.sort((values[:, 0] - values[:, 1]).numpy()) for values in (policy, reference))
+    ratios = (policy - reference).numpy()
+    for loss_type, expected in (
+        ("aot", margins - reference_margins),
+        ("aot_unpaired", np.sort(ratios[:, 0]) - np.sort(ratios[:, 1])),
+    ):
+        losses = DPOLoss(beta=0.3, loss_type=loss_type, label_smoothing=eps)(policy, COUNTS, reference).losses
+        h = 0.3 * expected
+        by_hand = (1 - eps) * np.log1p(np.exp(-h)) + eps * np.log1p(np.exp(h))
+        assert losses.numpy() == pytest.approx(by_hand, rel=1e-12)

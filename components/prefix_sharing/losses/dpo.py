@@ -32,6 +32,8 @@ _OF_DIFFERENCE: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "sigmoid": smoothed_log_sigmoid_loss,
     "sigmoid_norm": smoothed_log_sigmoid_loss,
     "hinge": lambda h, eps: torch.relu(1 - h),
+    "aot": smoothed_log_sigmoid_loss,
+    "aot_unpaired": smoothed_log_sigmoid_loss,
     "robust": _robust,
     "exo_pair": _exo_pair,
 }
@@ -67,6 +69,9 @@ class DPOLoss:
     ``sigmoid_norm`` the same of log-ratios per scored token                                  arXiv 2411.15124
     ``hinge``        :math:`\max(0, 1 - h)`                                                   arXiv 2309.06657
     ``ipo``          :math:`(w - l - \frac{1}{2\beta})^2` of log-ratios per scored token       arXiv 2310.12036
+    ``aot``          ``sigmoid`` of sorted margins, those of the policy less those of the         arXiv 2406.05882
+                     reference
+    ``aot_unpaired`` ``sigmoid`` of sorted log-ratios, the chosen less the rejected           arXiv 2406.05882
     ``robust``       ``sigmoid`` less the expected effect of wrong labels                     arXiv 2403.00409
     ``exo_pair``     :math:`KL(p_\theta \| p_{r})` over the pair                              arXiv 2402.00856
     ``bco_pair``     :math:`-\log\sigma(\beta w) - \log\sigma(-\beta l)`                       arXiv 2404.04656
@@ -77,7 +82,9 @@ class DPOLoss:
     ``apo_down``     :math:`\sigma(\beta w) + \sigma(\beta (l - w))`                          arXiv 2408.06266
     ================ ======================================================================== =====================
 
-    The reward of a response is :math:`\beta \log(\pi / \pi_{ref})`, per scored token where the loss is.
+    The reward of a response is :math:`\beta \log(\pi / \pi_{ref})`, per scored token where the loss is. The two that
+    sort compare distributions; as TRL sorts the pairs of a micro-batch, they sort those of a row, and so are the only
+    ones that depend on packing.
 
     Args:
         beta (float): how strongly the policy is held to the reference; 0.1 to 0.5 are usual. Default: 0.1.
@@ -112,7 +119,7 @@ class DPOLoss:
             raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, not {self.loss_type}.")
         if self.f_divergence not in F_DIVERGENCES:
             raise ValueError(f"f_divergence must be one of {', '.join(F_DIVERGENCES)}, not {self.f_divergence}.")
-        if self.f_divergence != "reverse_kl" and self.loss_type in _OF_REWARDS:
+        if self.f_divergence != "reverse_kl" and self.loss_type in (*_OF_REWARDS, "aot"):
             raise ValueError(f"f_divergence {self.f_divergence} does not go with loss_type {self.loss_type}.")
         if self.loss_type == "exo_pair" and self.label_smoothing == 0:
             raise ValueError("loss_type exo_pair needs a label_smoothing above 0; its paper recommends 0.001.")
@@ -144,6 +151,11 @@ class DPOLoss:
             log_ratios, scores = (average_log_probs(values, num_scored) for values in (log_ratios, scores))
         chosen, rejected = chosen_and_rejected(self.beta * log_ratios)
         difference = scores[:, 0] - scores[:, 1]
+        if self.loss_type == "aot":
+            margins, reference_margins = (values[:, 0] - values[:, 1] for values in (log_probs, reference_log_probs))
+            difference = margins.sort().values - reference_margins.sort().values
+        elif self.loss_type == "aot_unpaired":
+            difference = scores[:, 0].sort().values - scores[:, 1].sort().values
         if self.loss_type == "ipo":
             losses = (difference - 1 / (2 * self.beta)) ** 2
         elif self.loss_type in _OF_DIFFERENCE:
