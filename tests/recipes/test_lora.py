@@ -27,6 +27,8 @@ from prefix_sharing.quickstart import preference_pairs, tokenizer
 from prefix_sharing.rows import Row
 
 BASE = OmegaConf.to_container(OmegaConf.load(find_config("quickstart/single_device")).model)
+# NF4 wants weights of a multiple of 64 * 256 numbers, on each rank.
+QUANTIZABLE = {**BASE, "embed_dim": 256, "intermediate_dim": 384}
 ADAPTER = {
     "lora_attn_modules": ["q_proj", "v_proj", "output_proj"],
     "apply_lora_to_mlp": True,
@@ -155,9 +157,7 @@ def test_dropout_leaves_reference_and_evaluation_alone(tmp_path):
 
 
 def test_a_quantized_base_trains(tmp_path):
-    # NF4 wants weights of a multiple of 64 * 256 numbers.
-    base = {**BASE, "embed_dim": 256, "intermediate_dim": 384}
-    keys = lora(base, quantize_base=True) | {"max_steps_per_epoch": 20, "dataset.num_pairs": 160}
+    keys = lora(QUANTIZABLE, quantize_base=True) | {"max_steps_per_epoch": 20, "dataset.num_pairs": 160}
     recipe = run_in_process(tmp_path, **keys)
     assert len(losses(tmp_path)) == 20
     assert losses(tmp_path)[0] == pytest.approx(math.log(2), abs=1e-6)
@@ -174,7 +174,8 @@ def test_an_adapter_for_a_model_without_one_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_follow_one(tmp_path):
+@pytest.mark.parametrize("overrides", [lora(), lora(QUANTIZABLE, quantize_base=True)], ids=["lora", "qlora"])
+def test_two_processes_follow_one(tmp_path, overrides):
     keys = {
         "max_steps_per_epoch": 6,
         "dataset.num_pairs": 64,
@@ -182,9 +183,9 @@ def test_two_processes_follow_one(tmp_path):
         "dataset_val": None,
         "run_val_every_n_steps": None,
     }
-    run_in_process(tmp_path / "alone", **keys | lora() | {"gradient_accumulation_steps": 4})
+    run_in_process(tmp_path / "alone", **keys | overrides | {"gradient_accumulation_steps": 4})
     cfg = OmegaConf.load(find_config("quickstart/distributed"))
-    for key, value in lora().items():
+    for key, value in overrides.items():
         OmegaConf.update(cfg, key, value, merge=False)
     OmegaConf.save(cfg, tmp_path / "lora.yaml")
     together = run_distributed(

@@ -30,7 +30,13 @@ from prefix_sharing.training.adapters import (
     is_adapter_key,
     merged,
 )
-from prefix_sharing.training.distributed import broadcast_object, is_rank_zero
+from prefix_sharing.training.distributed import (
+    broadcast_from_rank_zero,
+    broadcast_object,
+    is_quantized,
+    is_rank_zero,
+    quantize_like,
+)
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +126,23 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], seed: int) -> Non
                     f"checkpointer: the checkpoint does not fit the model: {name} is {_shape(given.get(name))} there, "
                     f"but {_shape(expected.get(name))} in the model; check model and checkpointer."
                 )
-    set_model_state_dict(model, dict(state_dict), options=_options())  # which changes the dict it gets
+    state_dict = dict(state_dict)
+    options = _options()
+    if dist.is_initialized():  # set_model_state_dict cannot shard what is quantized
+        options.strict = not _load_quantized(model, state_dict)
+    set_model_state_dict(model, state_dict, options=options)
+
+
+def _load_quantized(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> bool:
+    """Takes the weights that are NF4 in a sharded model out of rank 0's state dict; whether there are any."""
+    names = {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
+    quantized = {name: parameter for name, parameter in names.items() if is_quantized(parameter)}
+    for name, parameter in quantized.items():
+        values = torch.empty(parameter.shape, device=parameter.device)
+        if is_rank_zero():
+            values.copy_(state_dict.pop(name))
+        parameter.to_local().copy_(quantize_like(parameter, broadcast_from_rank_zero(values)))
+    return bool(quantized)
 
 
 def save_checkpoint(

@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune import training
 
@@ -159,10 +160,12 @@ def shard_model(
         cpu_offload (bool): whether parameters, gradients and optimizer state live on the CPU. Default: False.
 
     Raises:
-        UserError: if offloading has nowhere to offload from, or the model is quantized.
+        UserError: if offloading has nowhere to offload from, or a quantized model cannot be shared so.
     """
-    if any(isinstance(parameter.data, NF4Tensor) for parameter in model.parameters()):
-        raise UserError("model: QLoRA runs on one device, with prefix_dpo_single_device; use LoRA here.")
+    if any(isinstance(parameter.data, NF4Tensor) for parameter in model.parameters()) and (
+        cpu_offload or mesh.ndim > 1
+    ):
+        raise UserError("Config: QLoRA goes with neither fsdp_cpu_offload nor data_parallel_replicate_dim.")
     if cpu_offload and device.type == "cpu":
         raise UserError("Config: fsdp_cpu_offload: True needs a CUDA device; the model is on the CPU already.")
     options = {
@@ -192,16 +195,39 @@ def materialize(model: nn.Module, device: torch.device, parameter_device: torch.
     # A quantized tensor stays where its parts are.
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, NF4Tensor):
-            zeros = torch.zeros(weight.shape, device=device)
-            quantized = to_nf4(zeros, block_size=weight.block_size, scaler_block_size=weight.scaler_block_size)
-            module.weight = nn.Parameter(quantized, requires_grad=False)
+        if is_quantized(weight):
+            local = quantize_like(weight, torch.zeros(weight.shape, device=device))
+            if isinstance(weight, DTensor):  # from_local would take a view, which there is none of
+                local = DTensor(local, weight._spec, requires_grad=False)
+            module.weight = nn.Parameter(local, requires_grad=False)
     # The tables of rotary embeddings are no parameters: nothing loads them. They are real even in a model without
     # values, that of prefix_dpo_plan, because making them takes a look at some.
     with unset_fake_temporarily(), device:
         for module in model.modules():
             if hasattr(module, "rope_init"):
                 module.rope_init()
+
+
+def is_quantized(weight: torch.Tensor | None) -> bool:
+    """Whether a weight is NF4, sharded or not."""
+    return isinstance(weight.to_local() if isinstance(weight, DTensor) else weight, NF4Tensor)
+
+
+def quantize_like(weight: torch.Tensor, values: torch.Tensor) -> NF4Tensor:
+    """Quantizes values as a weight is, and keeps this rank's part of them.
+
+    Args:
+        weight (torch.Tensor): NF4, sharded or not.
+        values (torch.Tensor): of the whole weight, the same on every rank.
+
+    Returns:
+        NF4Tensor: the part that this rank has of the weight.
+    """
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    whole = to_nf4(values, block_size=local.block_size, scaler_block_size=local.scaler_block_size)
+    if not isinstance(weight, DTensor):
+        return whole
+    return torch.chunk(whole, weight.device_mesh.size())[weight.device_mesh.get_local_rank()]
 
 
 def reshard(model: nn.Module) -> None:
