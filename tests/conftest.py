@@ -17,7 +17,7 @@ from prefix_sharing.attention import flex, varlen
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("default")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two workers share the cores
 
 
 @pytest.fixture(autouse=True)

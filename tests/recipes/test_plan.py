@@ -2,6 +2,7 @@
 
 import pytest
 from runs import make_config
+from test_lora import lora
 
 from prefix_dpo_plan import PlanConfig, PrefixDPOPlan
 from prefix_sharing.errors import UserError
@@ -42,6 +43,17 @@ def test_gradients_that_are_added_up_each_row_are_sharded(tmp_path):
         for every_row in (False, True)
     )
     assert sharded.total < waiting.total - 1.5 * PARAMETERS
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_is_frozen_has_no_gradient(tmp_path, world_size):
+    full, adapter = (
+        predict_peak_memory(plan_config(tmp_path, **overrides), world_size, [full_row(128, [64, 32, 32])])[0]
+        for overrides in ({}, lora())
+    )
+    assert adapter.parameters > full.parameters
+    assert adapter.gradients < 0.3 * full.gradients
+    assert adapter.optimizer_state < 0.3 * full.optimizer_state
 
 
 def test_activations_that_are_computed_again_are_not_held(tmp_path):

@@ -136,7 +136,10 @@ class _OnlyThePeak:
 
 
 class _Tracker(_OnlyThePeak, MemTracker):
-    pass
+    def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
+        # It would put its hooks on frozen parameters, too.
+        trained = all(parameter.requires_grad for parameter in module.parameters())
+        return super()._track_module_params_and_buffers(module, install_grad_hooks and trained)
 
 
 class _ShardedTracker(_OnlyThePeak, FSDPMemTracker):
