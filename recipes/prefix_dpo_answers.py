@@ -9,11 +9,13 @@ on one device, whatever the run had, and go to ``answers.md`` in ``output_dir``.
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
 from torchtune import training
+from torchtune.data import Message
 from torchtune.generation import generate
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
@@ -21,7 +23,7 @@ from tqdm import tqdm
 from prefix_sharing.config import instantiate
 from prefix_sharing.datasets.stats import decode_all
 from prefix_sharing.errors import UserError
-from prefix_sharing.rows import Response
+from prefix_sharing.rows import Response, common_prefix_length
 from prefix_sharing.training import (
     DistributedConfig,
     build_dataset,
@@ -98,14 +100,25 @@ class PrefixDPOAnswers:
         """Draws the answers and writes them down."""
         cfg = self.cfg
         indices = range(min(cfg.num_prompts, len(self.dataset)))
-        prompts = [split_at_answer(self.dataset[i][0])[0] for i in indices]
+        header = header_length(self.tokenizer)
+        prompts = [split_at_answer(self.dataset[i][0], header)[0] for i in indices]
+        if min(map(len, prompts)) <= 1:
+            raise UserError(
+                "dataset_val: a prompt has no tokens, because all are scored; set dataset_val.masking_strategy: "
+                "train_on_last."
+            )
+        longest = max(map(len, prompts)) + cfg.max_new_tokens
+        if longest > self.model.max_seq_len:
+            raise UserError(
+                f"Config: max_new_tokens: {cfg.max_new_tokens} behind the longest prompt make {longest:,} tokens, but "
+                f"the model takes {self.model.max_seq_len:,}."
+            )
         with self.device:
-            longest = max(map(len, prompts)) + cfg.max_new_tokens
             self.model.setup_caches(1, compute_dtype(cfg), decoder_max_seq_len=longest)
         answers = {}
         for when, checkpoint in (
-            ("before training", load_checkpoint("checkpointer", cfg.checkpointer)[1]),
-            ("after training", load_trained_checkpoint("checkpointer", cfg.checkpointer)),
+            ("before training", load_checkpoint("checkpointer", cfg.checkpointer, adapter=cfg.adapter_checkpoint)[1]),
+            ("after training", load_trained_checkpoint("checkpointer", cfg.checkpointer, epoch=cfg.epochs - 1)),
         ):
             load_weights(self.model, checkpoint, cfg.seed)
             answers[when] = [self.answer(prompt) for prompt in tqdm(prompts, desc=f"Answers {when}", unit="answer")]
@@ -115,7 +128,7 @@ class PrefixDPOAnswers:
         for i, prompt in zip(indices, prompts, strict=True):
             texts = {"prompt": decode_all(self.tokenizer, prompt)} | {when: given[i] for when, given in answers.items()}
             for k, response in enumerate(self.dataset[i], start=1):
-                texts[f"response {k} of the data"] = decode_all(self.tokenizer, split_at_answer(response)[1])
+                texts[f"response {k} of the data"] = decode_all(self.tokenizer, split_at_answer(response, header)[1])
             lines.append(f"## Row {self.dataset.source_rows[i]}")
             lines += [f"**{name}**\n\n````text\n{text.strip()}\n````" for name, text in texts.items()]
         file = Path(cfg.output_dir) / "answers.md"
@@ -123,18 +136,39 @@ class PrefixDPOAnswers:
         log.info("Written to %s", file)
 
 
-def split_at_answer(response: Response) -> tuple[np.ndarray, np.ndarray]:
+def header_length(tokenizer: Any) -> int:
+    """How many tokens that open an answer are scored with it: torchtune's own tokenizers score the turn's header.
+
+    Args:
+        tokenizer (Any): torchtune's or ours.
+
+    Returns:
+        int: the number.
+    """
+    scored = []
+    for answer in ("a", "b"):
+        turns = [
+            Message(role="user", content="q", masked=True),
+            Message(role="assistant", content=answer, masked=False),
+        ]
+        tokens, masked = tokenizer.tokenize_messages(turns)
+        scored.append(np.array(tokens)[~np.array(masked)])
+    return common_prefix_length(scored)
+
+
+def split_at_answer(response: Response, header: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Parts a response sequence into prompt and answer.
 
     Args:
         response (Response): the sequence; its answer is the last run of tokens that are scored.
+        header (int): scored tokens that belong to the prompt. Default: 0.
 
     Returns:
         tuple[np.ndarray, np.ndarray]: token ids of each.
     """
     scored = np.flatnonzero(response.scored)
     breaks = np.flatnonzero(np.diff(scored) > 1)
-    start, end = scored[breaks[-1] + 1 if len(breaks) else 0], scored[-1] + 1
+    start, end = scored[breaks[-1] + 1 if len(breaks) else 0] + header, scored[-1] + 1
     return response.tokens[:start], response.tokens[start:end]
 
 

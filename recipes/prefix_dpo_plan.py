@@ -63,12 +63,14 @@ class PrefixDPOPlan:
         for key in ("fsdp_cpu_offload", "enable_activation_offloading"):
             if cfg[key]:
                 raise UserError(f"Config: {key} is not planned for; what it moves to the CPU is not on the device.")
+        if not cfg.reference.precompute:
+            raise UserError("Config: reference.precompute: False is not planned for; it holds a second model.")
         cfg.attention_backend, cfg.flex_kernel_options, cfg.compile = "chains", None, False
 
     def run(self) -> None:
         """Prints what a device will hold."""
         cfg = self.cfg
-        packed = isinstance(cfg.pack_len, int)
+        packed = (cfg.dataset.get("packed") or "packed" in cfg.dataset._component_) and cfg.pack_len != "auto"
         num_tokens = cfg.pack_len if packed else cfg.batch_size * sum(cfg.example)
         rows = [full_row(n, cfg.example) for n in (num_tokens, 2 * num_tokens)]
         log.info("Taking steps of %s on %d devices, without computing anything", cfg.model._component_, cfg.world_size)
@@ -120,7 +122,12 @@ class PrefixDPOPlan:
         elif "lora" not in cfg.model._component_:
             found.append((peak.gradients, "LoRA, with torchtune's lora_ builder of the model (gradients)"))
         if "8bit" not in cfg.optimizer._component_:
-            found.append((peak.optimizer_state, "optimizer._component_: torchao.optim.AdamW8bit (optimizer state)"))
+            found.append(
+                (
+                    peak.optimizer_state,
+                    "an optimizer that keeps less, such as torchao.optim.AdamW8bit (optimizer state)",
+                )
+            )
         found.append((peak.parameters, "more devices (parameters, and all that is sharded)"))
         return [f"{size / GIB:6.2f} GiB  {change}" for size, change in sorted(found, reverse=True)]
 

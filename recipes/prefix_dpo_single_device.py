@@ -73,7 +73,7 @@ class PrefixDPORecipeSingleDevice:
         tokenizer = instantiate("tokenizer", cfg.tokenizer)
         self.dataset = build_dataset("dataset", cfg, tokenizer, self.model, self.loss)
         self.dataset_val = build_dataset("dataset_val", cfg, tokenizer, self.model, self.loss)
-        self.load = build_loader(cfg, self.model, self.device)
+        self.load = build_loader(cfg, self.model, self.loss, self.device)
         self.autocast = torch.autocast(self.device.type, compute_dtype(cfg), enabled=cfg.dtype == "bf16")
         self.activations_handling = training.get_act_offloading_ctx_manager(
             self.model, cfg.enable_activation_offloading

@@ -9,6 +9,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from prefix_dpo_answers import AnswersConfig
+from prefix_dpo_plan import PlanConfig
+from prefix_dpo_stats import StatsConfig
 from prefix_sharing.attention import show
 from prefix_sharing.losses import CPOLoss, DPOLoss, ORPOLoss, PlackettLuceLoss, SimPOLoss
 from prefix_sharing.training import DistributedConfig
@@ -21,6 +24,8 @@ SNIPPETS = re.findall(r"```yaml\n(.*?)```", DOCS["data.md"], re.DOTALL)
 def test_every_key_is_documented_once_with_its_default():
     table = re.findall(r"^\| `(\w+)` \| (.*?) \|", DOCS["settings.md"], re.MULTILINE)
     known = [*fields(DistributedConfig), *fields(ReferenceConfig)]
+    for config_class in (StatsConfig, PlanConfig, AnswersConfig):
+        known += [field for field in fields(config_class) if field.name not in DistributedConfig.__dataclass_fields__]
     assert sorted(name for name, _ in table) == sorted(field.name for field in known)
     defaults = {field.name: field.default for field in known}
     for name, default in table:

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,17 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules.layer_dropout import prepare_layer_dropout
 from torchtune.modules.model_fusion import DeepFusionModel
 
-from plain import DIMS, FAMILIES, VOCAB, in_double, plain_log_probs, plain_num_scored, response, rows_of_examples
+from plain import (
+    DIMS,
+    FAMILIES,
+    VOCAB,
+    examples,
+    in_double,
+    plain_log_probs,
+    plain_num_scored,
+    response,
+    rows_of_examples,
+)
 from prefix_sharing import scoring
 from prefix_sharing.errors import UserError
 from prefix_sharing.model import to_tree_model
@@ -161,3 +172,22 @@ def test_other_families_are_refused_by_name(build, part):
     dims = {"vocab_size": 9, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 16, "max_seq_len": 8}
     with pytest.raises(UserError, match=part):
         to_tree_model(build(dims), "chains")
+
+
+def cut_scored(of_one, count):
+    """The same response with its first scored tokens only."""
+    scored = of_one.scored & (np.cumsum(of_one.scored & (np.arange(len(of_one.scored)) > 0)) <= count)
+    return response(of_one.tokens, scored)
+
+
+@settings(max_examples=15)
+@given(st.lists(examples(min_responses=2, max_responses=2), min_size=1, max_size=3), st.floats(0, 1))
+def test_what_makes_a_response_longer_is_weighed_by_ld_alpha(row_examples, ld_alpha):
+    plain, tree = models("llama3", "chains", "fp64")
+    output = tree(Row.from_examples(row_examples, ld_alpha=ld_alpha))
+    for e, example in enumerate(row_examples):
+        shortest = min(plain_num_scored(example))
+        whole = plain_log_probs(plain, example)
+        shared = plain_log_probs(plain, [cut_scored(of_one, shortest) for of_one in example])
+        assert relative_error(output.log_probs[e], shared + ld_alpha * (whole - shared)) <= 1e-10
+        assert output.num_scored[e].tolist() == plain_num_scored(example)

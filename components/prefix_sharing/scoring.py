@@ -19,7 +19,7 @@ LOGITS_AT_ONCE = 2**26
 def response_log_probs(
     project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, row: Row, vocab_size: int
 ) -> torch.Tensor:
-    """Sums the log-probs of each response's scored tokens.
+    """Sums the log-probs of each response's scored tokens, by their weight.
 
     Args:
         project (Callable[[torch.Tensor], torch.Tensor]): the model's output projection, ``[n, dim] -> [n, vocab]``.
@@ -49,6 +49,7 @@ def response_log_probs(
             token_log_probs.append(score(*inputs))
 
     log_probs = torch.cat(token_log_probs)
+    log_probs = log_probs * row.scored_weight.to(log_probs.dtype)
     totals = log_probs.new_zeros(row.num_scored.numel())
     # A copy, because FSDP2 warns of modules that return views.
     return totals.index_add(0, row.scored_response, log_probs).view(row.num_scored.shape).clone()

@@ -147,6 +147,7 @@ def test_no_examples_have_no_losses(loss):
         lambda: CPOLoss(beta=0),
         lambda: CPOLoss(cpo_alpha=-1),
         lambda: DPOLoss(loss_type="hing"),
+        lambda: DPOLoss(ld_alpha=1.5),
         lambda: DPOLoss(f_divergence="total_variation"),
         lambda: DPOLoss(rpo_alpha=-1),
     ],
@@ -213,9 +214,20 @@ def test_tied_responses_do_not_compete_under_plackett_luce():
 def test_pairs_are_read_off_responses(loss):
     policy, reference, pairs = random_rankings()
     counts = torch.randint(1, 9, policy.shape)
-    apart = [values.flatten()[pairs] for values in (policy, counts, reference)]
+    apart = [
+        torch.stack([values[e, [a, b]] for e in range(5) for a, b in ALL_OF_FOUR])
+        for values in (policy, counts, reference)
+    ]
     for a, b in zip(loss(policy, counts, reference, pairs), loss(*apart), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_pair_that_stands_twice_is_one_under_plackett_luce():
+    rewards = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    pairs = torch.tensor([(0, 1), (0, 1)])
+    loss = PlackettLuceLoss(beta=1.0)(rewards, torch.ones_like(rewards), torch.zeros_like(rewards), pairs)
+    assert loss.losses.sum().item() == pytest.approx(math.log1p(math.exp(-1)))
+    assert len(loss.chosen_rewards) == 2  # as many as the row has pairs, for the metrics
 
 
 def test_nll_is_a_sum_over_tokens():

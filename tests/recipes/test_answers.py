@@ -9,7 +9,7 @@ from runs import make_config, run_in_process, tune_run
 from test_lora import lora
 
 from plain import response
-from prefix_dpo_answers import AnswersConfig, PrefixDPOAnswers, split_at_answer
+from prefix_dpo_answers import AnswersConfig, PrefixDPOAnswers, header_length, split_at_answer
 from prefix_sharing.errors import UserError
 from prefix_sharing.quickstart import tokenizer
 
@@ -53,8 +53,37 @@ def test_a_sequence_is_parted_at_its_last_answer():
     assert np.concatenate([prompt, answer]).tolist() == [1, 2, 3]
 
 
+def test_the_header_of_an_answer_belongs_to_the_prompt():
+    assert header_length(tokenizer()) == 0
+    # torchtune's own tokenizers score <|start_header_id|>assistant<|end_header_id|> and a blank line with the answer
+    assert header_length(WithScoredHeader()) == 2
+    prompt, answer = split_at_answer(response([1, 2, 3, 4, 5], [0, 1, 1, 1, 1]), header=2)
+    assert prompt.tolist() == [1, 2, 3]
+    assert answer.tolist() == [4, 5]
+
+
+class WithScoredHeader:
+    def tokenize_messages(self, messages):
+        return [1, 2, 7, 8, ord(messages[1].text_content), 9], [True, True, False, False, False, False]
+
+
+def test_answers_before_are_those_of_the_adapter_the_run_began_with(tmp_path):
+    run_in_process(tmp_path / "first", **lora())
+    adapter = str(tmp_path / "first" / "epoch_0" / "adapter_model.pt")
+    _, first = answers_of(tmp_path / "first", num_prompts=1, **lora())
+    run_in_process(tmp_path / "second", **lora() | {"adapter_checkpoint": adapter})
+    _, second = answers_of(tmp_path / "second", num_prompts=1, **lora() | {"adapter_checkpoint": adapter})
+    assert second["before training"] == first["after training"] != first["before training"]
+
+
+def test_more_tokens_than_the_model_takes_are_refused(tmp_path):
+    run_in_process(tmp_path)
+    with pytest.raises(UserError, match="max_new_tokens: 500 behind the longest prompt"):
+        PrefixDPOAnswers(make_config(tmp_path, config_class=AnswersConfig, max_new_tokens=500)).run()
+
+
 def test_a_run_that_is_not_done_is_refused(tmp_path):
-    with pytest.raises(UserError, match="there is no epoch_0 in .*; train with this config first"):
+    with pytest.raises(UserError, match="there is no .*epoch_0; train with this config first"):
         answers_of(tmp_path)
     with pytest.raises(UserError, match="prompts of dataset_val, and there is none"):
         answers_of(tmp_path, dataset_val=None)

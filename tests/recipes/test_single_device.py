@@ -111,6 +111,15 @@ def test_transformers_loads_the_checkpoint_and_agrees(run):
     assert evaluated_log_probs(output_dir) == pytest.approx(transformers_log_probs(model, held_out), abs=1e-3)
 
 
+def test_longer_responses_are_discounted_in_policy_and_reference(tmp_path):
+    run_in_process(tmp_path, **{"loss.ld_alpha": 0.3, "max_steps_per_epoch": 2, "dataset_val": None})
+    run_in_process(tmp_path / "plain", **{"max_steps_per_epoch": 2, "dataset_val": None})
+    discounted, plain = (training_log(directory)[0] for directory in (tmp_path, tmp_path / "plain"))
+    # Policy and reference are the same model before the first step, discounted or not.
+    assert discounted["loss"] == plain["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert discounted["log_probs/chosen"] >= plain["log_probs/chosen"]
+
+
 def test_resuming_continues_the_run(tmp_path):
     whole = run_in_process(tmp_path / "whole", epochs=3)
     run_in_process(tmp_path / "parts", epochs=3, recipe_class=StopsAfterTwoEpochs)

@@ -64,6 +64,6 @@ def test_scored_tokens_are_underlined_and_parts_have_colours():
     assert re.search(r"branch 1, 2 tokens, 2 of them scored", marked)
 
 
-def test_an_example_of_one_response_is_all_prefix():
-    assert shared_prefix([response([0, 1, 2], [0, 1, 1])]) == 3
+def test_an_example_of_one_response_is_a_prompt_and_an_answer():
+    assert shared_prefix([response([0, 1, 2], [0, 1, 1])]) == 1
     assert shared_prefix([response([0, 1], [0, 1]), response([5, 1], [0, 1])]) == 0

@@ -1,7 +1,7 @@
 """Prints the bytes of memory that training steps really take on each rank, for test_prediction.py.
 
-python real_step.py KEY=VALUE ...
-torchrun --nproc_per_node 2 real_step.py KEY=VALUE ...
+python real_step.py CONFIG.yaml TOKENS_A_ROW PREFIX,CHOSEN,REJECTED
+torchrun --nproc_per_node 2 real_step.py CONFIG.yaml TOKENS_A_ROW PREFIX,CHOSEN,REJECTED
 """
 
 import re

@@ -40,6 +40,11 @@ def test_defaults_are_filled_in():
     assert cfg.attention_backend is None
 
 
+class OwnLoss:
+    needs_reference = False
+    mean_over = "rows"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -62,6 +67,10 @@ def test_defaults_are_filled_in():
         ({"loss._component_": "prefix_sharing.losses.DPO"}, "loss: there is no component 'prefix_sharing.losses.DPO'"),
         ({"loss.bta": 1}, "loss: prefix_sharing.losses.DPOLoss takes no 'bta'; the nearest one is 'beta'"),
         ({"loss._component_": "torchtune.rlhf.loss.DPOLoss"}, "use one of prefix_sharing.losses"),
+        (
+            {"loss._component_": "test_config.OwnLoss"},
+            "needs an attribute mean_over, which is pairs, examples or tokens",
+        ),
         ({"model.num_layer": 3}, "model: torchtune.models.llama3.llama3 takes no 'num_layer'; the nearest one is"),
         ({"optimizer": "adam"}, "optimizer must name its component with _component_"),
     ],

@@ -4,11 +4,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from prefix_sharing.datasets import prefix_preference_dataset
 from prefix_sharing.quickstart import tokenizer
 from prefix_sharing.training.evaluation import Evaluation
-from prefix_sharing.training.margins import margins_table, plot_margins
+from prefix_sharing.training.margins import margins_table, plot_margins, report_margins
 
 
 @pytest.fixture
@@ -39,6 +40,17 @@ def test_a_row_for_each_pair(table):
     assert table["rejected_log_prob_before"].to_pylist() == [-5.0, -2.0, -4.0, -4.0]
     assert table["margin_before"].to_pylist() == [1.0, 1.0, 3.0, 2.0]
     assert table["margin_after"].to_pylist() == [4.0, 0.0, 0.0, 0.0]
+
+
+def test_a_run_that_diverged_is_reported_without_a_picture(dataset, tmp_path, caplog):
+    cfg = OmegaConf.create({"output_dir": str(tmp_path), "loss": {"_component_": "prefix_sharing.losses.DPOLoss"}})
+    counts = torch.ones(2, 3, dtype=torch.long)
+    before, after = (Evaluation({}, torch.full((2, 3), value), counts) for value in (-1.0, torch.nan))
+    with caplog.at_level("WARNING", logger="prefix_sharing"):
+        report_margins(cfg, dataset, before, after)
+    assert "the run has diverged" in caplog.text
+    assert (tmp_path / "margins.parquet").exists()
+    assert not (tmp_path / "margins.png").exists()
 
 
 def test_the_picture_is_drawn(table, tmp_path):

@@ -39,6 +39,7 @@ class PackedPreferenceDataset(Dataset):
         dataset (PrefixPreferenceDataset): the examples.
         steps (Epoch): the steps of an epoch, ``plan.epoch(epoch)``.
         share_prefix (bool): False computes every response on its own. Default: True.
+        ld_alpha (float): see ``Row.from_examples``. Default: 1.0.
         round_length (Callable[[int], int] | None): the row length for a number of tokens. Default: None, no padding.
 
     Example:
@@ -54,11 +55,13 @@ class PackedPreferenceDataset(Dataset):
         steps: Epoch,
         *,
         share_prefix: bool = True,
+        ld_alpha: float = 1.0,
         round_length: Callable[[int], int] | None = None,
     ) -> None:
         self._dataset = dataset
         self._steps = steps
         self._share_prefix = share_prefix
+        self._ld_alpha = ld_alpha
         self._round_length = round_length
 
     def __len__(self) -> int:
@@ -73,6 +76,7 @@ class PackedPreferenceDataset(Dataset):
                 pairs=[self._dataset.pairs(i) for i in examples],
                 indices=examples,
                 share_prefix=self._share_prefix,
+                ld_alpha=self._ld_alpha,
                 num_responses=self._dataset.num_responses,
                 round_length=self._round_length,
             )
@@ -88,12 +92,14 @@ class StepLoader:
     Args:
         device (torch.device): where the rows are going.
         share_prefix (bool): False computes every response on its own. Default: True.
+        ld_alpha (float): see ``Row.from_examples``. Default: 1.0.
         round_length (Callable[[int], int] | None): the row length for a number of tokens. Default: None, no padding.
         num_workers (int): processes that build them; 0 builds them in the loop. Default: 0.
     """
 
     device: torch.device
     share_prefix: bool = True
+    ld_alpha: float = 1.0
     round_length: Callable[[int], int] | None = None
     num_workers: int = 0
 
@@ -108,7 +114,13 @@ class StepLoader:
         Returns:
             Iterator[StepRows]: one at a time, on the CPU, in pinned memory if they go to a GPU.
         """
-        packed = PackedPreferenceDataset(dataset, steps, share_prefix=self.share_prefix, round_length=self.round_length)
+        packed = PackedPreferenceDataset(
+            dataset,
+            steps,
+            share_prefix=self.share_prefix,
+            ld_alpha=self.ld_alpha,
+            round_length=self.round_length,
+        )
         return iter(
             DataLoader(
                 packed,

@@ -74,7 +74,9 @@ def measure_lengths(dataset: PrefixPreferenceDataset) -> Lengths:
 
 
 def shared_prefix(responses: Sequence[Response]) -> int:
-    """How many tokens all responses begin with."""
+    """How many tokens all responses begin with; of one response, those before the first that is scored."""
+    if len(responses) == 1:
+        return int(responses[0].scored.argmax())
     return common_prefix_length([response.tokens for response in responses])
 
 

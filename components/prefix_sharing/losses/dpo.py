@@ -89,13 +89,15 @@ class DPOLoss:
     Args:
         beta (float): how strongly the policy is held to the reference; 0.1 to 0.5 are usual. Default: 0.1.
         label_smoothing (float): probability :math:`\epsilon` that a preference is the wrong way round, as in
-            `conservative DPO <https://ericmitchell.ai/cdpo.pdf>`_; for ``sigmoid``, ``sigmoid_norm``, ``robust`` and
-            ``exo_pair``, which needs it. Default: 0.0.
+            `conservative DPO <https://ericmitchell.ai/cdpo.pdf>`_; for ``sigmoid``, ``sigmoid_norm``, ``aot``,
+            ``aot_unpaired``, ``robust`` and ``exo_pair``, which needs it. Default: 0.0.
         loss_type (str): see the table. Default: ``sigmoid``.
         f_divergence (str): what holds the policy to the reference, of `f-DPO <https://arxiv.org/abs/2309.16240>`_:
             ``reverse_kl``, ``forward_kl``, ``js_divergence`` or ``alpha_divergence``; for losses of :math:`h`.
             Default: ``reverse_kl``.
         f_alpha (float): of ``alpha_divergence``; 1 is ``reverse_kl``. Default: 0.5.
+        ld_alpha (float): weight, from 0 to 1, of the tokens by which a response is longer than the other of its pair,
+            in all log-probs, as in `LD-DPO <https://arxiv.org/abs/2409.06411>`_; for pairs. Default: 1.0.
         rpo_alpha (float): weight of the negative log-likelihood of the chosen response, per scored token, that `RPO
             <https://arxiv.org/abs/2404.19733>`_ adds. Default: 0.0.
 
@@ -108,6 +110,7 @@ class DPOLoss:
     loss_type: str = "sigmoid"
     f_divergence: str = "reverse_kl"
     f_alpha: float = 0.5
+    ld_alpha: float = 1.0
     rpo_alpha: float = 0.0
 
     needs_reference: ClassVar[bool] = True
@@ -123,6 +126,8 @@ class DPOLoss:
             raise ValueError(f"f_divergence {self.f_divergence} does not go with loss_type {self.loss_type}.")
         if self.loss_type == "exo_pair" and self.label_smoothing == 0:
             raise ValueError("loss_type exo_pair needs a label_smoothing above 0; its paper recommends 0.001.")
+        if not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"ld_alpha must be at least 0 and at most 1, not {self.ld_alpha}.")
         if self.rpo_alpha < 0:
             raise ValueError(f"rpo_alpha must not be negative, but is {self.rpo_alpha}.")
 

@@ -20,7 +20,8 @@ class PlackettLuceLoss:
 
     The data set's ``pairs`` decides what that is: with ``all`` the Plackett-Luce model of the ranking, in which tied
     responses do not compete; with ``best_vs_rest`` its first factor, the best against all others at once. For K = 2 it
-    is DPO. A mean over examples.
+    is DPO. A mean over examples. Prompts that ``group_by_prompt`` merges are one example with one ranking, and a pair
+    that stands in several rows is one.
 
     Args:
         beta (float): how strongly the policy is held to the reference. Default: 0.1.
@@ -58,7 +59,8 @@ class PlackettLuceLoss:
         """
         rewards = self.beta * (log_probs - reference_log_probs)
         chosen, rejected = chosen_and_rejected(*take_pairs(pairs, rewards))
-        differences, better = rejected - chosen, pairs[:, 0]
+        better, worse = pairs.unique(dim=0).T
+        differences = rewards.flatten()[worse] - rewards.flatten()[better]
         # log(1 + sum of exp(differences)) over the pairs of each better response, from its largest term.
         largest = rewards.new_zeros(rewards.numel()).scatter_reduce(0, better, differences.detach(), "amax")
         terms = torch.exp(differences - largest[better])

@@ -101,7 +101,7 @@ def set_up_reference(
         frozen = new_model().requires_grad_(False).eval()
         load_weights(frozen, other or checkpoint, cfg.seed)
         return [FrozenReference(functools.partial(forward, frozen))] * len(passes)
-    cache = open_reference_cache(cfg, other or checkpoint)
+    cache = open_reference_cache(cfg, other or checkpoint, load.ld_alpha)
     if other is not None:
         load_weights(model, other, cfg.seed)
     model.eval()
@@ -122,12 +122,15 @@ def _without_adapter(
         return forward(model, row)
 
 
-def open_reference_cache(cfg: DictConfig, checkpoint: Mapping[str, Any]) -> ReferenceCache | None:
+def open_reference_cache(
+    cfg: DictConfig, checkpoint: Mapping[str, Any], ld_alpha: float = 1.0
+) -> ReferenceCache | None:
     """The part of the cache that belongs to a reference.
 
     Args:
         cfg (DictConfig): the run's config.
         checkpoint (Mapping[str, Any]): the reference's checkpoint, as ``load_checkpoint`` returned it.
+        ld_alpha (float): see ``Row.from_examples``. Default: 1.0.
 
     Returns:
         ReferenceCache | None: on rank 0; None on other ranks, and if the config turns the cache off.
@@ -141,6 +144,7 @@ def open_reference_cache(cfg: DictConfig, checkpoint: Mapping[str, Any]) -> Refe
         "model": OmegaConf.to_container(cfg.model, resolve=True),
         "source": source_of(resolve_name(cfg.model._component_)),
         "dtype": cfg.dtype,
+        "ld_alpha": ld_alpha,
         "versions": [prefix_sharing.__version__, version("torchtune")],
     }
     weights = checkpoint[training.MODEL_KEY] | checkpoint.get(training.ADAPTER_KEY, {})

@@ -32,6 +32,8 @@ class Row:
             ``[m]``.
         scored_target (torch.Tensor): id of each scored token, shape ``[m]``.
         scored_response (torch.Tensor): ``example * K + response`` that each scored token counts for, shape ``[m]``.
+        scored_weight (torch.Tensor): what the log-prob of each scored token is multiplied with, shape ``[m]``; 1 unless
+            long responses are discounted.
         num_scored (torch.Tensor): scored tokens of each response, shape ``[E, K]``; 0 where an example has fewer than K
             responses.
         examples (torch.Tensor): index of each example in its data set, shape ``[E]``.
@@ -52,6 +54,7 @@ class Row:
     scored_predictor: torch.Tensor
     scored_target: torch.Tensor
     scored_response: torch.Tensor
+    scored_weight: torch.Tensor
     num_scored: torch.Tensor
     examples: torch.Tensor
     pairs: torch.Tensor
@@ -69,6 +72,7 @@ class Row:
         pairs: Sequence[np.ndarray] | None = None,
         indices: Sequence[int] | None = None,
         share_prefix: bool = True,
+        ld_alpha: float = 1.0,
         num_responses: int | None = None,
         round_length: Callable[[int], int] | None = None,
     ) -> "Row":
@@ -81,6 +85,8 @@ class Row:
                 ``[pairs, 2]`` each. Default: None, the first response with each of the others.
             indices (Sequence[int] | None): index of each example in its data set. Default: None, 0, 1, and so on.
             share_prefix (bool): False computes every response on its own. Default: True.
+            ld_alpha (float): weight of the scored tokens by which a response is longer than the shortest of its
+                example. Default: 1.0.
             num_responses (int | None): K. Default: None, the most that an example of this row has.
             round_length (Callable[[int], int] | None): the row length for a number of tokens, and the number of
                 predictors to compute, such as ``bucket_length``. Default: None, no padding.
@@ -99,7 +105,7 @@ class Row:
         num_scored = np.zeros((len(trees), num_responses), dtype=np.int64)
         if pairs is None:
             pairs = [np.array([(0, k) for k in range(1, len(tree.num_scored))]).reshape(-1, 2) for tree in trees]
-        predictors, targets, owners, chains = [], [], [], []
+        predictors, targets, owners, weights, chains = [], [], [], [], []
         offset = 0
         for e, tree in enumerate(trees):
             rows = slice(offset, offset + len(tree))
@@ -110,6 +116,8 @@ class Row:
             predictors.append(tree.predictors + offset)
             targets.append(tree.targets)
             owners.append(tree.responses + e * num_responses)
+            shortest = min(tree.num_scored)
+            weights += [np.where(np.arange(n) < shortest, 1.0, ld_alpha) for n in tree.num_scored]
             chains += [chain.shifted(offset) for chain in tree.chains]
             offset += len(tree)
 
@@ -138,6 +146,7 @@ class Row:
             scored_predictor=torch.from_numpy(scored_predictor),
             scored_target=torch.from_numpy(np.concatenate([none, *targets])[order]),
             scored_response=torch.from_numpy(np.concatenate([none, *owners])[order]),
+            scored_weight=torch.from_numpy(np.concatenate([np.empty(0), *weights])[order]),
             num_scored=torch.from_numpy(num_scored),
             examples=torch.arange(len(trees)) if indices is None else torch.tensor(indices, dtype=torch.int64),
             pairs=torch.from_numpy(

@@ -67,8 +67,9 @@ class HFChatTokenizer:
             self._tokenizer.token_to_id(self._named_tokens.get(name, ""))
             for name in ("bos_token", "eos_token", "pad_token")
         )
-        # torchtune's generate ignores what it takes for padding, which must not be the ends of turns in a prompt.
-        self.pad_id = 0 if pad_id in (None, self.eos_id) else pad_id
+        # torchtune's generate leaves out what it takes for padding, which must not be the ends of turns in a prompt.
+        unused = self._special_ids - {self.bos_id, self.eos_id}
+        self.pad_id = pad_id if pad_id not in (None, self.eos_id) else max(unused, default=0)
 
     @property
     def vocab_size(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -78,12 +78,13 @@ def load_checkpoint(
     return checkpointer, {**{name: {} for name in of_rank_zero}, **small, **checkpoint}
 
 
-def load_trained_checkpoint(key: str, node: DictConfig) -> dict[str, Any]:
-    """Reads what a run that is done left in its ``output_dir``.
+def load_trained_checkpoint(key: str, node: DictConfig, epoch: int) -> dict[str, Any]:
+    """Reads what a run left in its ``output_dir``.
 
     Args:
         key (str): the config's key, for messages.
         node (DictConfig): its value.
+        epoch (int): after which epoch, from 0.
 
     Returns:
         dict[str, Any]: as for ``load_checkpoint``.
@@ -91,14 +92,15 @@ def load_trained_checkpoint(key: str, node: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: if there is nothing.
     """
-    epochs = sorted(Path(node.output_dir).glob("epoch_*"), key=lambda epoch: int(epoch.name.removeprefix("epoch_")))
-    if not epochs:
-        raise UserError(f"{key}: there is no epoch_0 in {node.output_dir}; train with this config first.")
-    adapter = epochs[-1] / "adapter_model.pt"
+    epoch_dir = Path(node.output_dir) / f"epoch_{epoch}"
+    if not epoch_dir.is_dir():
+        raise UserError(f"{key}: there is no {epoch_dir}; train with this config first.")
+    adapter = epoch_dir / "adapter_model.pt"
     if adapter.exists():
         return load_checkpoint(key, node, adapter=str(adapter))[1]
-    files = [str(file.resolve()) for file in _weight_files(epochs[-1])]
-    return load_checkpoint(key, OmegaConf.merge(node, {"checkpoint_files": files}))[1]
+    node = node.copy()
+    node.checkpoint_files = [str(file.resolve()) for file in _weight_files(epoch_dir)]
+    return load_checkpoint(key, node)[1]
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], seed: int) -> None:

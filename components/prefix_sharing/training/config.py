@@ -310,10 +310,13 @@ def _check_component(key: str, node: Any) -> None:
         component = resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"Config: {key}: there is no component '{path}': {one_line(error)}.") from error
-    if key == "loss" and not (hasattr(component, "needs_reference") and hasattr(component, "mean_over")):
+    if key == "loss" and not hasattr(component, "needs_reference"):
         raise UserError(
-            f"Config: loss: {path} does not take log-probs of shape [E, K]; use one of prefix_sharing.losses."
+            f"Config: loss: {path} does not take log-probs of shape [E, K]; use one of prefix_sharing.losses, or give "
+            "yours what they have: needs_reference and mean_over."
         )
+    if key == "loss" and getattr(component, "mean_over", None) not in ("pairs", "examples", "tokens"):
+        raise UserError(f"Config: loss: {path} needs an attribute mean_over, which is pairs, examples or tokens.")
     try:
         parameters = inspect.signature(component).parameters
     except (TypeError, ValueError):

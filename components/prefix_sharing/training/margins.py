@@ -31,7 +31,7 @@ def margins_table(dataset: PrefixPreferenceDataset, before: Evaluation, after: E
     Returns:
         pa.Table: ``source_row`` (of the split), ``chosen`` and ``rejected`` (which of the example's responses),
         ``<which>_tokens`` (scored), ``<which>_log_prob_<when>`` and ``margin_<when>``, for ``chosen`` and ``rejected``,
-        ``before`` and ``after``.
+        ``before`` and ``after``. A run that was resumed begins with what it was resumed from.
     """
     pairs = [dataset.pairs(i) for i in range(len(dataset))]
     examples = np.repeat(np.arange(len(dataset)), [len(of_one) for of_one in pairs])
@@ -96,8 +96,11 @@ def report_margins(
     table = margins_table(dataset, before, after)
     output_dir = Path(cfg.output_dir)
     pq.write_table(table, output_dir / "margins.parquet")
-    plot_margins(table, f"{cfg.loss._component_.rsplit('.', 1)[-1]}, {cfg.output_dir}", output_dir / "margins.png")
     log.info("Margins of held-out pairs before and after training lie in %s", output_dir / "margins.parquet")
+    if not np.isfinite(table["margin_after"].to_numpy()).all():
+        log.warning("Some margins are not finite: the run has diverged, and margins.png is not drawn.")
+        return
+    plot_margins(table, f"{cfg.loss._component_.rsplit('.', 1)[-1]}, {cfg.output_dir}", output_dir / "margins.png")
 
 
 def _around(values: np.ndarray) -> tuple[float, float]:

@@ -16,12 +16,13 @@ from prefix_sharing.training.distributed import is_rank_zero, rank_and_world_siz
 log = logging.getLogger(__name__)
 
 
-def build_loader(cfg: DictConfig, model: TreeTransformerDecoder, device: torch.device) -> StepLoader:
+def build_loader(cfg: DictConfig, model: TreeTransformerDecoder, loss: Any, device: torch.device) -> StepLoader:
     """What builds the rows of the run, in few lengths where attention is compiled for each.
 
     Args:
         cfg (DictConfig): the run's config.
         model (TreeTransformerDecoder): the model.
+        loss (Any): the loss, which may discount what makes a response longer than the other.
         device (torch.device): where it runs.
 
     Returns:
@@ -30,6 +31,7 @@ def build_loader(cfg: DictConfig, model: TreeTransformerDecoder, device: torch.d
     return StepLoader(
         device,
         share_prefix=cfg.share_prefix,
+        ld_alpha=getattr(loss, "ld_alpha", 1.0),
         round_length=rounding_of(model.attention_backend),
         num_workers=cfg.num_workers,
     )

@@ -20,7 +20,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from prefix_sharing.config import instantiate
+from prefix_sharing.config import explained, instantiate
 from prefix_sharing.rows import Response, Row
 from prefix_sharing.training.adapters import trainable_parameters
 from prefix_sharing.training.distributed import device_mesh, materialize, shard_model
@@ -98,7 +98,8 @@ def predict_peak_memory(cfg: DictConfig, world_size: int, rows: Sequence[Row]) -
             parameters = trainable_parameters(model)
             # Of the local parts: DTensor works out what an update would do to the whole, which the tracker would count.
             optimizer = instantiate("optimizer", cfg.optimizer, [nn.Parameter(_local(p).detach()) for p in parameters])
-            _update(optimizer, [torch.zeros_like(_local(p)) for p in parameters])  # the state that later steps have
+            with explained(f"optimizer: {cfg.optimizer._component_} cannot be planned for"):
+                _update(optimizer, [torch.zeros_like(_local(p)) for p in parameters])  # the state that later steps have
             loss = instantiate("loss", cfg.loss)
             autocast = torch.autocast("cpu", torch.bfloat16, enabled=cfg.dtype == "bf16" and not sharded)
 

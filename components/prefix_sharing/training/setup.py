@@ -22,7 +22,7 @@ from prefix_sharing.datasets import PrefixPreferenceDataset
 from prefix_sharing.errors import UserError
 from prefix_sharing.model import TreeTransformerDecoder, to_tree_model
 from prefix_sharing.training.adapters import freeze_base, has_adapter, trainable_parameters
-from prefix_sharing.training.distributed import is_rank_zero, rank_zero_first
+from prefix_sharing.training.distributed import is_quantized, is_rank_zero, rank_zero_first
 from prefix_sharing.training.evaluation import Evaluation
 from prefix_sharing.training.memory import checkpoint_activations
 
@@ -92,6 +92,10 @@ def build_model(cfg: DictConfig, device: torch.device) -> TreeTransformerDecoder
         model = instantiate("model", cfg.model)
     backend = choose_attention_backend(cfg.attention_backend, device, compute_dtype(cfg))
     model = to_tree_model(model, backend, cfg.flex_kernel_options)
+    if dist.is_initialized() and not cfg.save_adapter_weights_only and any(map(is_quantized, model.parameters())):
+        raise UserError(
+            "Config: QLoRA on several devices cannot save a merged model; set save_adapter_weights_only=True."
+        )
     freeze_base(model, torch.float32 if dist.is_initialized() else compute_dtype(cfg))
     if cfg.compile:
         training.compile_model(model, verbose=is_rank_zero())
@@ -138,6 +142,10 @@ def build_dataset(key: str, cfg: DictConfig, tokenizer: Any, model: TreeTransfor
         raise UserError(
             f"{key}: the longest response sequence has {dataset.longest} tokens, but the model takes "
             f"{model.max_seq_len}; set {key}.max_seq_len."
+        )
+    if getattr(loss, "ld_alpha", 1.0) != 1 and dataset.num_responses > 2:
+        raise UserError(
+            f"{key}: loss.ld_alpha is for pairs, but there are examples of {dataset.num_responses} responses."
         )
     if loss.mean_over == "tokens" and dataset.num_pairs.max() > 0:
         raise UserError(
