@@ -95,10 +95,11 @@ def test_losses_do_not_depend_on_rows_accumulation_or_sharing(tmp_path, loss):
 
 
 def test_compiled_layers_and_activation_checkpointing_change_nothing(tmp_path):
-    run_in_process(tmp_path / "plain", dataset_val=None)
-    run_in_process(tmp_path / "checkpointed", dataset_val=None, enable_activation_checkpointing=True)
-    run_in_process(tmp_path / "selective", dataset_val=None, enable_activation_checkpointing=True, ac_mode="selective")
-    run_in_process(tmp_path / "compiled", dataset_val=None, compile=True)
+    keys = {"dataset_val": None, "model.num_layers": 2}
+    run_in_process(tmp_path / "plain", **keys)
+    run_in_process(tmp_path / "checkpointed", enable_activation_checkpointing=True, **keys)
+    run_in_process(tmp_path / "selective", enable_activation_checkpointing=True, ac_mode="selective", **keys)
+    run_in_process(tmp_path / "compiled", compile=True, **keys)
     expected = losses(tmp_path / "plain")
     assert losses(tmp_path / "checkpointed") == pytest.approx(expected, rel=1e-6)
     assert losses(tmp_path / "selective") == pytest.approx(expected, rel=1e-6)
