@@ -16,7 +16,7 @@ from torchtune import training
 from tqdm import tqdm
 
 from prefix_sharing.config import instantiate
-from prefix_sharing.losses import LossOutput
+from prefix_sharing.losses import LossOutput, weigh_by_confidence
 from prefix_sharing.model import ResponseLogProbs, TreeTransformerDecoder
 from prefix_sharing.reference.log_probs import FrozenReference, KnownReference, set_up_reference
 from prefix_sharing.rows import Row
@@ -79,6 +79,7 @@ class PrefixDPORecipeDistributed:
         cfg = self.cfg
         self.model = self.new_model()
         self.loss = instantiate("loss", cfg.loss)
+        self.model.computes_confidence = getattr(self.loss, "use_weighting", False)
         tokenizer = instantiate("tokenizer", cfg.tokenizer)
         self.dataset = build_dataset("dataset", cfg, tokenizer, self.model, self.loss)
         self.dataset_val = build_dataset("dataset_val", cfg, tokenizer, self.model, self.loss)
@@ -144,7 +145,8 @@ class PrefixDPORecipeDistributed:
     ) -> LossOutput:
         """The loss of a row, not reduced."""
         reference_log_probs = None if reference is None else reference(row)
-        return self.loss(output.log_probs, output.num_scored, reference_log_probs, row.pairs)
+        loss = self.loss(output.log_probs, output.num_scored, reference_log_probs, row.pairs)
+        return weigh_by_confidence(loss, output.confidence, row.pairs)
 
     def evaluate(self) -> Evaluation | None:
         """Evaluates on ``dataset_val`` over all ranks and logs under ``eval/``."""

@@ -191,3 +191,40 @@ def test_what_makes_a_response_longer_is_weighed_by_ld_alpha(row_examples, ld_al
         shared = plain_log_probs(plain, [cut_scored(of_one, shortest) for of_one in example])
         assert relative_error(output.log_probs[e], shared + ld_alpha * (whole - shared)) <= 1e-10
         assert output.num_scored[e].tolist() == plain_num_scored(example)
+
+
+@settings(max_examples=15)
+@given(rows_of_examples())
+def test_confidence_is_that_of_wpo(row_examples):
+    plain, tree = models("llama3", "chains", "fp64")
+    tree.computes_confidence = True
+    try:
+        output = tree(Row.from_examples(row_examples))
+    finally:
+        tree.computes_confidence = False
+    assert not output.confidence.requires_grad
+    for e, example in enumerate(row_examples):
+        for k, of_one in enumerate(example):
+            tokens = torch.from_numpy(of_one.tokens)
+            probs = plain(tokens[None])[0, :-1].softmax(-1)
+            picked = probs.gather(1, tokens[1:, None])[:, 0]
+            aligned = torch.log(picked / probs.square().sum(-1))[torch.from_numpy(of_one.scored[1:])]
+            assert output.confidence[e, k].item() == pytest.approx(aligned.mean().item(), rel=1e-9, abs=1e-9)
+
+
+@settings(max_examples=15)
+@given(st.lists(examples(min_responses=2, max_responses=2), min_size=1, max_size=3))
+def test_prompt_and_chosen_response_are_scored_together(row_examples):
+    plain, tree = models("llama3", "chains", "fp64")
+    row = Row.from_examples(row_examples, score_whole=True)
+    without = Row.from_examples(row_examples)
+    assert (row.num_tokens, row.paired_tokens) == (without.num_tokens, without.paired_tokens)
+    assert torch.equal(row.tokens, without.tokens)
+    output = tree(row)
+    for e, example in enumerate(row_examples):
+        end = len(example[0].inputs) + 1
+        whole = response(example[0].tokens[:end], np.ones(end, dtype=bool))
+        expected = plain_log_probs(plain, [*example, whole])
+        assert relative_error(output.log_probs[e], expected) <= 1e-10
+        assert output.num_scored[e].tolist() == plain_num_scored([*example, whole])
+        assert row.pairs[e].tolist() == [3 * e, 3 * e + 1]

@@ -46,10 +46,13 @@ class ResponseLogProbs(NamedTuple):
     Attributes:
         log_probs (torch.Tensor): summed log-prob of each response's scored tokens, shape ``[E, K]``, fp32 or wider.
         num_scored (torch.Tensor): number of those tokens, shape ``[E, K]``.
+        confidence (torch.Tensor | None): see ``response_log_probs``, shape ``[E, K]``; None unless the model
+            ``computes_confidence``.
     """
 
     log_probs: torch.Tensor
     num_scored: torch.Tensor
+    confidence: torch.Tensor | None = None
 
 
 class _AttentionOverTree:
@@ -151,6 +154,7 @@ class TreeTransformerDecoder(TransformerDecoder):
 
     attention_backend: AttentionBackend
     new_mask: Callable[..., TreeMask]
+    computes_confidence: bool = False
 
     def forward(self, row: Row) -> ResponseLogProbs:
         """Computes every shared prefix once and, past the last layer's keys and values, only what predicts a token.
@@ -170,9 +174,10 @@ class TreeTransformerDecoder(TransformerDecoder):
         mask = self.new_mask(row, at_predictors=True, window=last_layer.attn.window)
         h = last_layer(h, mask=mask, input_pos=row.input_pos, rows=row.predictors)
         h = self.norm(h[0])
-        return ResponseLogProbs(
-            response_log_probs(self.output, h, row, self.tok_embeddings.num_embeddings), row.num_scored
+        log_probs, confidence = response_log_probs(
+            self.output, h, row, self.tok_embeddings.num_embeddings, with_confidence=self.computes_confidence
         )
+        return ResponseLogProbs(log_probs, row.num_scored, confidence)
 
 
 def to_tree_model(

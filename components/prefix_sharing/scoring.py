@@ -17,8 +17,13 @@ LOGITS_AT_ONCE = 2**26
 
 
 def response_log_probs(
-    project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, row: Row, vocab_size: int
-) -> torch.Tensor:
+    project: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    row: Row,
+    vocab_size: int,
+    *,
+    with_confidence: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sums the log-probs of each response's scored tokens, by their weight.
 
     Args:
@@ -26,17 +31,20 @@ def response_log_probs(
         hidden (torch.Tensor): normalized hidden states of the rows in ``row.predictors``, shape ``[p, dim]``.
         row (Row): the row, on the device of ``hidden``.
         vocab_size (int): logits that the projection makes of a hidden state.
+        with_confidence (bool): whether to compute the second of what is returned. Default: False.
 
     Returns:
-        torch.Tensor: log-probs in fp32 (fp64 if the logits are), shape ``[E, K]``; 0 where nothing is scored.
+        tuple[torch.Tensor, torch.Tensor | None]: log-probs in fp32 (fp64 if the logits are), shape ``[E, K]``, 0 where
+        nothing is scored; and for each response the mean over its scored tokens of the token's log-prob less the log of
+        the sum of all tokens' squared probs, detached, of the same shape.
     """
 
-    def score(hidden: torch.Tensor, predictor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return _TargetLogProbs.apply(project(hidden), predictor, target)
+    def score(hidden: torch.Tensor, predictor: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _TargetLogProbs.apply(project(hidden), predictor, target, with_confidence)
 
     num_predictors = hidden.shape[0]
     chunk_size = max(1, LOGITS_AT_ONCE // vocab_size)
-    token_log_probs = []
+    scores = []
     for first in range(0, max(num_predictors, 1), chunk_size):
         last = min(first + chunk_size, num_predictors)
         tokens = slice(row.predictor_offsets[first], row.predictor_offsets[last])
@@ -44,32 +52,44 @@ def response_log_probs(
         if last < num_predictors and torch.is_grad_enabled():
             # The backward projects the chunk once more instead of keeping its logits. It begins with the last chunk,
             # which may as well keep them.
-            token_log_probs.append(checkpoint(score, *inputs, use_reentrant=False))
+            scores.append(checkpoint(score, *inputs, use_reentrant=False))
         else:
-            token_log_probs.append(score(*inputs))
+            scores.append(score(*inputs))
 
-    log_probs = torch.cat(token_log_probs)
-    log_probs = log_probs * row.scored_weight.to(log_probs.dtype)
-    totals = log_probs.new_zeros(row.num_scored.numel())
-    # A copy, because FSDP2 warns of modules that return views.
-    return totals.index_add(0, row.scored_response, log_probs).view(row.num_scored.shape).clone()
+    def of_responses(of_tokens: torch.Tensor) -> torch.Tensor:
+        totals = of_tokens.new_zeros(row.num_scored.numel())
+        # A copy, because FSDP2 warns of modules that return views.
+        return totals.index_add(0, row.scored_response, of_tokens).view(row.num_scored.shape).clone()
+
+    log_probs, log_sums_of_squares = (torch.cat(values) for values in zip(*scores, strict=True))
+    confidence = None
+    if with_confidence:
+        confidence = of_responses(log_probs.detach() - log_sums_of_squares) / row.num_scored.clamp(min=1)
+    return of_responses(log_probs * row.scored_weight.to(log_probs.dtype)), confidence
 
 
 class _TargetLogProbs(torch.autograd.Function):
-    """``logits.log_softmax(-1)[row, target]``, with a backward that passes over the vocabulary less often."""
+    """``logits.log_softmax(-1)[row, target]``, with a backward that passes over the vocabulary less often.
+
+    Where ``with_squares`` is true it also returns the log of the sum of squared probs, ``[row]``, without a gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, row: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, logits: torch.Tensor, row: torch.Tensor, target: torch.Tensor, with_squares: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # log_softmax, as in the plain computation: over large vocabularies it rounds in a way of its own on CPU.
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         ctx.save_for_backward(log_probs, row, target)
         ctx.dtype = logits.dtype
-        return log_probs[row, target]
+        squares = (2 * log_probs).logsumexp(-1)[row] if with_squares else log_probs.new_zeros(0)
+        ctx.mark_non_differentiable(squares)
+        return log_probs[row, target], squares
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         log_probs, row, target = ctx.saved_tensors
         of_row = grad.new_zeros(len(log_probs)).index_add_(0, row, grad)
         grad_logits = log_probs.exp().mul_(-of_row[:, None])
         grad_logits.index_put_((row, target), grad, accumulate=True)
-        return grad_logits.to(ctx.dtype), None, None
+        return grad_logits.to(ctx.dtype), None, None, None

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prefix_sharing.losses import CPOLoss, DPOLoss
+from prefix_sharing.losses import CPOLoss, DPOLoss, weigh_by_confidence
 from prefix_sharing.losses.dpo import LOSS_TYPES
 
 dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer", reason="TRL is not installed: pip install '.[bench]'")
@@ -24,7 +24,7 @@ def values():
     return policy, counts, reference
 
 
-def trls_losses(loss, policy, counts, reference, *, loss_types, weights=(1.0,), pairs_at_once=1):
+def trls_losses(loss, policy, counts, reference, *, loss_types, weights=(1.0,), pairs_at_once=1, log_squares=None):
     """What DPOTrainer computes for each pair by itself, or the mean over several at once."""
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), gather=lambda value: value, gather_for_metrics=lambda value: value
@@ -41,7 +41,7 @@ def trls_losses(loss, policy, counts, reference, *, loss_types, weights=(1.0,), 
         loss_weights=list(weights),
         beta=loss.beta,
         label_smoothing=loss.label_smoothing,
-        use_weighting=False,
+        use_weighting=log_squares is not None,
         _metrics=defaultdict(lambda: defaultdict(list)),
         _total_train_tokens=0,
         _tp_size=1,
@@ -60,6 +60,8 @@ def trls_losses(loss, policy, counts, reference, *, loss_types, weights=(1.0,), 
         output = SimpleNamespace(
             log_probs=per_token, entropy=nothing, mean_logits=nothing, is_top1=torch.zeros_like(scored)
         )
+        if log_squares is not None:  # the same for each token of a response
+            output.log_sum_sq_probs = log_squares[at_once].T.flatten()[:, None].expand_as(per_token)
         inputs = {
             "input_ids": completion_mask,
             "attention_mask": torch.ones_like(completion_mask),
@@ -100,6 +102,16 @@ def test_every_divergence_is_trls(values, divergence, loss_type):
         policy, reference, tolerance = policy.float(), reference.float(), 1e-5
     expected = trls_losses(loss, policy, counts, reference, loss_types=[loss_type])
     torch.testing.assert_close(loss(policy, counts, reference).losses, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_weighting_is_trls(values):
+    policy, counts, reference = values
+    log_squares = -torch.rand(NUM_PAIRS, 2, dtype=torch.float64)
+    loss = DPOLoss(beta=0.3, use_weighting=True)
+    pairs = torch.arange(2 * NUM_PAIRS).view(-1, 2)
+    ours = weigh_by_confidence(loss(*values), policy / counts - log_squares, pairs).losses
+    expected = trls_losses(loss, *values, loss_types=["sigmoid"], log_squares=log_squares)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_rpo_adds_the_negative_log_likelihood_of_the_chosen_response(values):

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torchtune.rlhf.loss import DPOLoss as TorchtuneDPOLoss
 
-from prefix_sharing.losses import CPOLoss, DPOLoss, NLLLoss, ORPOLoss, PlackettLuceLoss, SimPOLoss
+from prefix_sharing.losses import (
+    CPOLoss,
+    DPOLoss,
+    NLLLoss,
+    ORPOLoss,
+    PlackettLuceLoss,
+    SimPOLoss,
+    weigh_by_confidence,
+)
 from prefix_sharing.losses.dpo import LOSS_TYPES
 
 COUNTS = torch.tensor([[4, 2], [1, 5], [7, 7]])
@@ -158,6 +166,8 @@ def test_parameters_out_of_range_are_refused(make):
 
 
 def test_what_does_not_go_together_is_refused():
+    with pytest.raises(ValueError, match="use_weighting does not go with loss_type aot"):
+        DPOLoss(loss_type="aot", use_weighting=True)
     with pytest.raises(ValueError, match="does not go with loss_type apo_zero"):
         DPOLoss(loss_type="apo_zero", f_divergence="forward_kl")
     with pytest.raises(ValueError, match="exo_pair needs a label_smoothing above 0"):
@@ -249,3 +259,26 @@ def test_aot_compares_quantiles():
         h = 0.3 * expected
         by_hand = (1 - eps) * np.log1p(np.exp(-h)) + eps * np.log1p(np.exp(h))
         assert losses.numpy() == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_orpo_takes_its_likelihood_from_prompt_and_response_if_told_so():
+    policy, _, _ = random_rankings(num_responses=3)  # chosen, rejected, prompt and chosen
+    counts = torch.randint(1, 9, policy.shape)
+    pairs = torch.tensor([(3 * e, 3 * e + 1) for e in range(5)])
+    ours = ORPOLoss(beta=0.2, nll_over_prompt=True)(policy, counts, None, pairs)
+    without = ORPOLoss(beta=0.2)(policy[:, :2], counts[:, :2])
+    average = policy / counts
+    torch.testing.assert_close(ours.losses, without.losses + average[:, 0] - average[:, 2], rtol=1e-12, atol=1e-12)
+    # without pairs, the first two are the pair
+    for a, b in zip(ours, ORPOLoss(beta=0.2, nll_over_prompt=True)(policy, counts), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_pairs_are_weighed_by_the_confidence_in_both_responses():
+    policy, reference = random_pairs()
+    loss = DPOLoss(use_weighting=True)(policy, COUNTS, reference)
+    confidence = -torch.rand(3, 2, dtype=torch.float64)
+    weighed = weigh_by_confidence(loss, confidence, torch.arange(6).view(3, 2))
+    expected = loss.losses * confidence[:, 0].exp() * confidence[:, 1].exp()
+    torch.testing.assert_close(weighed.losses, expected, rtol=1e-12, atol=0)
+    assert weigh_by_confidence(loss, None, torch.arange(6).view(3, 2)) is loss

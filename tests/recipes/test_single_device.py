@@ -120,6 +120,23 @@ def test_longer_responses_are_discounted_in_policy_and_reference(tmp_path):
     assert discounted["log_probs/chosen"] >= plain["log_probs/chosen"]
 
 
+@pytest.mark.parametrize(
+    ("name", "argument"), [("DPOLoss", "use_weighting"), ("DPOLoss", "ld_alpha"), ("ORPOLoss", "nll_over_prompt")]
+)
+def test_what_needs_more_than_a_sum_does_not_depend_on_rows(tmp_path, name, argument):
+    loss = {"_component_": f"prefix_sharing.losses.{name}", argument: 0.3 if argument == "ld_alpha" else True}
+    keys = {"loss": loss, "max_steps_per_epoch": 3}
+    plain = {"loss": {"_component_": loss["_component_"]}, "max_steps_per_epoch": 3}
+    run_in_process(tmp_path / "one", **keys | {"batch_size": 8, "gradient_accumulation_steps": 1})
+    run_in_process(tmp_path / "four", **keys | {"batch_size": 2, "gradient_accumulation_steps": 4})
+    run_in_process(tmp_path / "plain", **plain | {"batch_size": 8, "gradient_accumulation_steps": 1})
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert losses(tmp_path / "one")[-1] != pytest.approx(losses(tmp_path / "plain")[-1], rel=1e-4)
+    assert eval_log(tmp_path / "four")[-1]["eval/loss"] == pytest.approx(
+        eval_log(tmp_path / "one")[-1]["eval/loss"], rel=1e-5
+    )
+
+
 def test_resuming_continues_the_run(tmp_path):
     whole = run_in_process(tmp_path / "whole", epochs=3)
     run_in_process(tmp_path / "parts", epochs=3, recipe_class=StopsAfterTwoEpochs)

@@ -40,6 +40,7 @@ class PackedPreferenceDataset(Dataset):
         steps (Epoch): the steps of an epoch, ``plan.epoch(epoch)``.
         share_prefix (bool): False computes every response on its own. Default: True.
         ld_alpha (float): see ``Row.from_examples``. Default: 1.0.
+        score_whole (bool): see ``Row.from_examples``. Default: False.
         round_length (Callable[[int], int] | None): the row length for a number of tokens. Default: None, no padding.
 
     Example:
@@ -56,12 +57,14 @@ class PackedPreferenceDataset(Dataset):
         *,
         share_prefix: bool = True,
         ld_alpha: float = 1.0,
+        score_whole: bool = False,
         round_length: Callable[[int], int] | None = None,
     ) -> None:
         self._dataset = dataset
         self._steps = steps
         self._share_prefix = share_prefix
         self._ld_alpha = ld_alpha
+        self._score_whole = score_whole
         self._round_length = round_length
 
     def __len__(self) -> int:
@@ -77,6 +80,7 @@ class PackedPreferenceDataset(Dataset):
                 indices=examples,
                 share_prefix=self._share_prefix,
                 ld_alpha=self._ld_alpha,
+                score_whole=self._score_whole,
                 num_responses=self._dataset.num_responses,
                 round_length=self._round_length,
             )
@@ -93,6 +97,7 @@ class StepLoader:
         device (torch.device): where the rows are going.
         share_prefix (bool): False computes every response on its own. Default: True.
         ld_alpha (float): see ``Row.from_examples``. Default: 1.0.
+        score_whole (bool): see ``Row.from_examples``. Default: False.
         round_length (Callable[[int], int] | None): the row length for a number of tokens. Default: None, no padding.
         num_workers (int): processes that build them; 0 builds them in the loop. Default: 0.
     """
@@ -100,6 +105,7 @@ class StepLoader:
     device: torch.device
     share_prefix: bool = True
     ld_alpha: float = 1.0
+    score_whole: bool = False
     round_length: Callable[[int], int] | None = None
     num_workers: int = 0
 
@@ -119,6 +125,7 @@ class StepLoader:
             steps,
             share_prefix=self.share_prefix,
             ld_alpha=self.ld_alpha,
+            score_whole=self.score_whole,
             round_length=self.round_length,
         )
         return iter(

@@ -8,8 +8,18 @@ from prefix_sharing.losses.cpo import CPOLoss
 from prefix_sharing.losses.dpo import DPOLoss
 from prefix_sharing.losses.nll import NLLLoss
 from prefix_sharing.losses.orpo import ORPOLoss
-from prefix_sharing.losses.pairs import LossOutput, take_pairs
+from prefix_sharing.losses.pairs import LossOutput, take_pairs, weigh_by_confidence
 from prefix_sharing.losses.plackett_luce import PlackettLuceLoss
 from prefix_sharing.losses.simpo import SimPOLoss
 
-__all__ = ["CPOLoss", "DPOLoss", "LossOutput", "NLLLoss", "ORPOLoss", "PlackettLuceLoss", "SimPOLoss", "take_pairs"]
+__all__ = [
+    "CPOLoss",
+    "DPOLoss",
+    "LossOutput",
+    "NLLLoss",
+    "ORPOLoss",
+    "PlackettLuceLoss",
+    "SimPOLoss",
+    "take_pairs",
+    "weigh_by_confidence",
+]

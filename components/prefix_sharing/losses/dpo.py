@@ -98,6 +98,8 @@ class DPOLoss:
         f_alpha (float): of ``alpha_divergence``; 1 is ``reverse_kl``. Default: 0.5.
         ld_alpha (float): weight, from 0 to 1, of the tokens by which a response is longer than the other of its pair,
             in all log-probs, as in `LD-DPO <https://arxiv.org/abs/2409.06411>`_; for pairs. Default: 1.0.
+        use_weighting (bool): whether each pair is weighed by the policy's confidence in its responses, as in `WPO
+            <https://arxiv.org/abs/2406.11827>`_; recipes do that, by ``weigh_by_confidence``. Default: False.
         rpo_alpha (float): weight of the negative log-likelihood of the chosen response, per scored token, that `RPO
             <https://arxiv.org/abs/2404.19733>`_ adds. Default: 0.0.
 
@@ -111,6 +113,7 @@ class DPOLoss:
     f_divergence: str = "reverse_kl"
     f_alpha: float = 0.5
     ld_alpha: float = 1.0
+    use_weighting: bool = False
     rpo_alpha: float = 0.0
 
     needs_reference: ClassVar[bool] = True
@@ -128,6 +131,8 @@ class DPOLoss:
             raise ValueError("loss_type exo_pair needs a label_smoothing above 0; its paper recommends 0.001.")
         if not 0 <= self.ld_alpha <= 1:
             raise ValueError(f"ld_alpha must be at least 0 and at most 1, not {self.ld_alpha}.")
+        if self.use_weighting and self.loss_type in ("aot", "aot_unpaired"):
+            raise ValueError(f"use_weighting does not go with loss_type {self.loss_type}, whose losses are of no pair.")
         if self.rpo_alpha < 0:
             raise ValueError(f"rpo_alpha must not be negative, but is {self.rpo_alpha}.")
 

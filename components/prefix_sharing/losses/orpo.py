@@ -24,12 +24,15 @@ class ORPOLoss:
 
     Args:
         beta (float): weight of the odds ratio, the paper's :math:`\lambda`. Default: 0.1.
+        nll_over_prompt (bool): whether the first term is over the tokens of prompt and chosen response, as TRL's
+            trainer has it; for pairs. Default: False.
 
     Raises:
         ValueError: if ``beta`` is negative.
     """
 
     beta: float = 0.1
+    nll_over_prompt: bool = False
 
     needs_reference: ClassVar[bool] = False
     mean_over: ClassVar[str] = "pairs"
@@ -48,7 +51,8 @@ class ORPOLoss:
         """Computes the loss of each pair.
 
         Args:
-            log_probs (torch.Tensor): summed log-probs under the policy, shape ``[E, K]``.
+            log_probs (torch.Tensor): summed log-probs under the policy, shape ``[E, K]``; with ``nll_over_prompt``,
+                the last of K is that of prompt and chosen response.
             num_scored (torch.Tensor): number of scored tokens, shape ``[E, K]``.
             reference_log_probs (torch.Tensor | None): not used.
             pairs (torch.Tensor | None): see ``take_pairs``. Default: None, each example is a pair, chosen first.
@@ -56,10 +60,15 @@ class ORPOLoss:
         Returns:
             LossOutput: losses and rewards, each of shape ``[P]``.
         """
+        whole = average_log_probs(log_probs, num_scored)[:, -1]
+        if pairs is not None:
+            whole = whole[pairs[:, 0] // log_probs.shape[1]]
+        elif self.nll_over_prompt:
+            log_probs, num_scored = log_probs[:, :2], num_scored[:, :2]
         log_probs, num_scored = take_pairs(pairs, log_probs, num_scored)
         chosen, rejected = chosen_and_rejected(average_log_probs(log_probs, num_scored))
         log_odds_ratio = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
-        losses = -chosen - self.beta * F.logsigmoid(log_odds_ratio)
+        losses = -(whole if self.nll_over_prompt else chosen) - self.beta * F.logsigmoid(log_odds_ratio)
         return LossOutput(losses, self.beta * chosen.detach(), self.beta * rejected.detach())
 
 

@@ -35,6 +35,26 @@ def take_pairs(pairs: torch.Tensor | None, *values: torch.Tensor | None) -> list
     return [value if value is None or pairs is None else value.flatten()[pairs] for value in values]
 
 
+def weigh_by_confidence(loss: LossOutput, confidence: torch.Tensor | None, pairs: torch.Tensor) -> LossOutput:
+    """Weighs each pair by how likely the policy itself were to give its responses.
+
+    That is eq. 2 of `WPO: Enhancing RLHF with Weighted Preference Optimization <https://arxiv.org/abs/2406.11827>`_.
+
+    Args:
+        loss (LossOutput): of pairs.
+        confidence (torch.Tensor | None): what the model returned with the log-probs, shape ``[E, K]``; None leaves the
+            loss as it is.
+        pairs (torch.Tensor): as for ``take_pairs``.
+
+    Returns:
+        LossOutput: with the losses weighed.
+    """
+    if confidence is None:
+        return loss
+    (of_pairs,) = take_pairs(pairs, confidence)
+    return loss._replace(losses=loss.losses * of_pairs.sum(dim=1).exp())
+
+
 def chosen_and_rejected(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Splits ``[P, 2]`` into chosen and rejected, each ``[P]``.
 

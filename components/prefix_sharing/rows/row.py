@@ -73,6 +73,7 @@ class Row:
         indices: Sequence[int] | None = None,
         share_prefix: bool = True,
         ld_alpha: float = 1.0,
+        score_whole: bool = False,
         num_responses: int | None = None,
         round_length: Callable[[int], int] | None = None,
     ) -> "Row":
@@ -87,6 +88,8 @@ class Row:
             share_prefix (bool): False computes every response on its own. Default: True.
             ld_alpha (float): weight of the scored tokens by which a response is longer than the shortest of its
                 example. Default: 1.0.
+            score_whole (bool): whether each example, all of K responses, gets one more: its first response with every
+                token scored, the prompt's, too. It is the same path of the tree. Default: False.
             num_responses (int | None): K. Default: None, the most that an example of this row has.
             round_length (Callable[[int], int] | None): the row length for a number of tokens, and the number of
                 predictors to compute, such as ``bucket_length``. Default: None, no padding.
@@ -94,17 +97,21 @@ class Row:
         Returns:
             Row: on the CPU.
         """
+        if pairs is None:
+            pairs = [np.array([(0, k) for k in range(1, len(e))]).reshape(-1, 2) for e in examples]
+        if num_responses is None:
+            num_responses = max((len(e) for e in examples), default=0)
+        paired_tokens = sum(len(response.inputs) for e in examples for response in e)
+        if score_whole:
+            examples = [[*e, _with_all_scored(e[0])] for e in examples]
+            num_responses += 1
         trees = [PrefixTree.from_responses(example, share_prefix=share_prefix) for example in examples]
         num_tokens = sum(len(tree) for tree in trees)
         length = max(num_tokens, 1) if round_length is None else round_length(num_tokens)
-        if num_responses is None:
-            num_responses = max((len(tree.num_scored) for tree in trees), default=0)
         tokens = np.zeros(length, dtype=np.int64)
         input_pos = np.zeros(length, dtype=np.int64)
         subtree_end = np.arange(1, length + 1)
         num_scored = np.zeros((len(trees), num_responses), dtype=np.int64)
-        if pairs is None:
-            pairs = [np.array([(0, k) for k in range(1, len(tree.num_scored))]).reshape(-1, 2) for tree in trees]
         predictors, targets, owners, weights, chains = [], [], [], [], []
         offset = 0
         for e, tree in enumerate(trees):
@@ -158,7 +165,7 @@ class Row:
             chains=chains,
             predictor_spans=[_spans(of_chain) for of_chain in np.split(unique_predictors, bounds)[: len(chains)]],
             num_tokens=num_tokens,
-            paired_tokens=sum(tree.paired_tokens for tree in trees),
+            paired_tokens=paired_tokens,
         )
 
     def num_terms(self, mean_over: str) -> int:
@@ -186,6 +193,11 @@ class Row:
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             object.__setattr__(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+
+
+def _with_all_scored(response: Response) -> Response:
+    tokens = response.tokens[: len(response.inputs) + 1]
+    return Response(tokens, np.ones(len(tokens), dtype=bool))
 
 
 def _spans(rows: np.ndarray) -> list[Span]:

@@ -61,7 +61,8 @@ def evaluate(
             row = row.to(load.device)
             output = forward(row)
             metrics.add(row, output, loss_of(row, output))
-            found[:, row.examples] = torch.stack([values.to(found.dtype) for values in output])
+            values = torch.stack([output.log_probs.to(found.dtype), output.num_scored.to(found.dtype)])
+            found[:, row.examples] = values[..., : dataset.num_responses]
     log_probs, num_scored = sum_over_ranks(found).cpu()
     values = {f"eval/{name}": value for name, value in metrics.compute().items()}
     return Evaluation(values, log_probs, num_scored.long())

@@ -22,16 +22,25 @@ def build_loader(cfg: DictConfig, model: TreeTransformerDecoder, loss: Any, devi
     Args:
         cfg (DictConfig): the run's config.
         model (TreeTransformerDecoder): the model.
-        loss (Any): the loss, which may discount what makes a response longer than the other.
+        loss (Any): the loss, which may discount what makes a response longer than the other, or score prompts.
         device (torch.device): where it runs.
 
     Returns:
         StepLoader: for any data set and plan.
+
+    Raises:
+        UserError: if the loss scores prompts and nothing is shared.
     """
+    score_whole = getattr(loss, "nll_over_prompt", False)
+    if score_whole and not cfg.share_prefix:
+        raise UserError(
+            "Config: loss.nll_over_prompt reads prompts off the shared prefix; it needs share_prefix: True."
+        )
     return StepLoader(
         device,
         share_prefix=cfg.share_prefix,
         ld_alpha=getattr(loss, "ld_alpha", 1.0),
+        score_whole=score_whole,
         round_length=rounding_of(model.attention_backend),
         num_workers=cfg.num_workers,
     )

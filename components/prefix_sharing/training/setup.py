@@ -143,10 +143,11 @@ def build_dataset(key: str, cfg: DictConfig, tokenizer: Any, model: TreeTransfor
             f"{key}: the longest response sequence has {dataset.longest} tokens, but the model takes "
             f"{model.max_seq_len}; set {key}.max_seq_len."
         )
-    if getattr(loss, "ld_alpha", 1.0) != 1 and dataset.num_responses > 2:
-        raise UserError(
-            f"{key}: loss.ld_alpha is for pairs, but there are examples of {dataset.num_responses} responses."
-        )
+    for name, off in (("ld_alpha", 1.0), ("nll_over_prompt", False)):
+        if getattr(loss, name, off) != off and dataset.num_responses > 2:
+            raise UserError(
+                f"{key}: loss.{name} is for pairs, but there are examples of {dataset.num_responses} responses."
+            )
     if loss.mean_over == "tokens" and dataset.num_pairs.max() > 0:
         raise UserError(
             f"{key}: {type(loss).__name__} is for examples of one response; {key}.column_map: {{messages: chosen}} "
