@@ -105,7 +105,7 @@ def test_every_divergence_is_trls(values, divergence, loss_type):
 
 
 def test_weighting_is_trls(values):
-    policy, counts, reference = values
+    policy, counts, _ = values
     log_squares = -torch.rand(NUM_PAIRS, 2, dtype=torch.float64)
     loss = DPOLoss(beta=0.3, use_weighting=True)
     pairs = torch.arange(2 * NUM_PAIRS).view(-1, 2)
