@@ -112,17 +112,7 @@ def test_components_exist_and_the_model_is_covered(name):
     assert has_adapter(model) == ("lora" in name)
 
 
-def different_when_shrunk():
-    """One config of each family, model component and recipe: the others are the same once they are small."""
-    kinds = {}
-    for name in NAMES:
-        cfg = OmegaConf.load(find_config(name))
-        builder = cfg.model._component_.split(".")[-1].split("_")[0]
-        kinds.setdefault((cfg.model._component_.split(".")[2], builder, cli.recipe_of(find_config(name))), name)
-    return list(kinds.values())
-
-
-@pytest.mark.parametrize("name", different_when_shrunk())
+@pytest.mark.parametrize("name", NAMES)
 def test_two_steps_run_with_a_small_model(name, tmp_path):
     recipe = PrefixDPORecipeSingleDevice(shrunk(name, tmp_path))
     recipe.setup()
