@@ -63,6 +63,11 @@ def instantiate(key: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
         return config.instantiate(node, *args, **kwargs)
 
 
+def component_name(node: DictConfig) -> str:
+    """What a component of the config is called, without its module."""
+    return node._component_.rsplit(".", 1)[-1]
+
+
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
     """Turns what a component raises over its input into a sentence that begins with ``what``.

@@ -76,7 +76,7 @@ def smoothed_log_sigmoid_loss(h: torch.Tensor, label_smoothing: float) -> torch.
     return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
 
 
-def check_beta_and_label_smoothing(beta: float, label_smoothing: float) -> None:
+def check_beta_and_label_smoothing(beta: float, label_smoothing: float = 0.0) -> None:
     """Refuses what is out of range.
 
     Raises:

@@ -5,7 +5,12 @@ from typing import ClassVar
 
 import torch
 
-from prefix_sharing.losses.pairs import LossOutput, chosen_and_rejected, take_pairs
+from prefix_sharing.losses.pairs import (
+    LossOutput,
+    check_beta_and_label_smoothing,
+    chosen_and_rejected,
+    take_pairs,
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,7 @@ class PlackettLuceLoss:
     mean_over: ClassVar[str] = "examples"
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise ValueError(f"beta must be positive, not {self.beta}.")
+        check_beta_and_label_smoothing(self.beta)
 
     def __call__(
         self,

@@ -101,7 +101,6 @@ class Row:
             pairs = [np.array([(0, k) for k in range(1, len(e))]).reshape(-1, 2) for e in examples]
         if num_responses is None:
             num_responses = max((len(e) for e in examples), default=0)
-        paired_tokens = sum(len(response.inputs) for e in examples for response in e)
         if score_whole:
             examples = [[*e, _with_all_scored(e[0])] for e in examples]
             num_responses += 1
@@ -165,7 +164,9 @@ class Row:
             chains=chains,
             predictor_spans=[_spans(of_chain) for of_chain in np.split(unique_predictors, bounds)[: len(chains)]],
             num_tokens=num_tokens,
-            paired_tokens=paired_tokens,
+            # The paired format has no sequence for what is scored once more.
+            paired_tokens=sum(tree.paired_tokens for tree in trees)
+            - sum(len(e[-1].inputs) for e in examples if score_whole),
         )
 
     def num_terms(self, mean_over: str) -> int:

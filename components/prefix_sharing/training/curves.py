@@ -5,6 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from prefix_sharing.config import component_name
 from prefix_sharing.training.distributed import is_rank_zero
 
 Log = list[tuple[int, dict[str, float]]]
@@ -73,5 +74,5 @@ def draw_curves(cfg: DictConfig) -> None:
         return
     entries = read_log(log_dir)
     if entries:
-        loss, dataset = (cfg[key]._component_.rsplit(".", 1)[-1] for key in ("loss", "dataset"))
+        loss, dataset = (component_name(cfg[key]) for key in ("loss", "dataset"))
         plot_curves(entries, f"{loss}, {dataset}, {cfg.output_dir}", Path(cfg.output_dir) / "curves.png")

@@ -162,9 +162,7 @@ def shard_model(
     Raises:
         UserError: if offloading has nowhere to offload from, or a quantized model cannot be shared so.
     """
-    if any(isinstance(parameter.data, NF4Tensor) for parameter in model.parameters()) and (
-        cpu_offload or mesh.ndim > 1
-    ):
+    if (cpu_offload or mesh.ndim > 1) and any(map(is_quantized, model.parameters())):
         raise UserError("Config: QLoRA goes with neither fsdp_cpu_offload nor data_parallel_replicate_dim.")
     if cpu_offload and device.type == "cpu":
         raise UserError("Config: fsdp_cpu_offload: True needs a CUDA device; the model is on the CPU already.")
@@ -208,9 +206,14 @@ def materialize(model: nn.Module, device: torch.device, parameter_device: torch.
                 module.rope_init()
 
 
+def local_part(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """What this rank has of a tensor; all of it, if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def is_quantized(weight: torch.Tensor | None) -> bool:
     """Whether a weight is NF4, sharded or not."""
-    return isinstance(weight.to_local() if isinstance(weight, DTensor) else weight, NF4Tensor)
+    return isinstance(local_part(weight), NF4Tensor)
 
 
 def quantize_like(weight: torch.Tensor, values: torch.Tensor) -> NF4Tensor:
@@ -223,7 +226,7 @@ def quantize_like(weight: torch.Tensor, values: torch.Tensor) -> NF4Tensor:
     Returns:
         NF4Tensor: the part that this rank has of the weight.
     """
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    local = local_part(weight)
     whole = to_nf4(values, block_size=local.block_size, scaler_block_size=local.scaler_block_size)
     if not isinstance(weight, DTensor):
         return whole

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig
 
+from prefix_sharing.config import component_name
 from prefix_sharing.datasets import PrefixPreferenceDataset
 from prefix_sharing.training.distributed import is_rank_zero
 from prefix_sharing.training.evaluation import Evaluation
@@ -100,7 +101,7 @@ def report_margins(
     if not np.isfinite(table["margin_after"].to_numpy()).all():
         log.warning("Some margins are not finite: the run has diverged, and margins.png is not drawn.")
         return
-    plot_margins(table, f"{cfg.loss._component_.rsplit('.', 1)[-1]}, {cfg.output_dir}", output_dir / "margins.png")
+    plot_margins(table, f"{component_name(cfg.loss)}, {cfg.output_dir}", output_dir / "margins.png")
 
 
 def _around(values: np.ndarray) -> tuple[float, float]:

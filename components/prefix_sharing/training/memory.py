@@ -12,12 +12,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torchtune import training
 
 from prefix_sharing.model import TreeTransformerDecoder
+from prefix_sharing.training.distributed import local_part
 
 _ATTENTION = [
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -58,8 +58,7 @@ def memory_by_part(model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
     """
 
     def size(tensors: list[torch.Tensor]) -> float:
-        local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
-        return sum(tensor.numel() * tensor.element_size() for tensor in local) / 1024**3
+        return sum(tensor.numel() * tensor.element_size() for tensor in map(local_part, tensors)) / 1024**3
 
     parameters = list(model.parameters())
     state = [value for of_one in optimizer.state.values() for value in of_one.values() if torch.is_tensor(value)]

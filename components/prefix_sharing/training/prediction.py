@@ -17,13 +17,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from prefix_sharing.config import explained, instantiate
 from prefix_sharing.rows import Response, Row
 from prefix_sharing.training.adapters import trainable_parameters
-from prefix_sharing.training.distributed import device_mesh, materialize, shard_model
+from prefix_sharing.training.distributed import device_mesh, local_part, materialize, shard_model
 from prefix_sharing.training.setup import build_model, compute_dtype
 
 _CPU = torch.device("cpu")
@@ -97,9 +96,13 @@ def predict_peak_memory(cfg: DictConfig, world_size: int, rows: Sequence[Row]) -
                 materialize(model, _CPU)
             parameters = trainable_parameters(model)
             # Of the local parts: DTensor works out what an update would do to the whole, which the tracker would count.
-            optimizer = instantiate("optimizer", cfg.optimizer, [nn.Parameter(_local(p).detach()) for p in parameters])
+            optimizer = instantiate(
+                "optimizer", cfg.optimizer, [nn.Parameter(local_part(p).detach()) for p in parameters]
+            )
             with explained(f"optimizer: {cfg.optimizer._component_} cannot be planned for"):
-                _update(optimizer, [torch.zeros_like(_local(p)) for p in parameters])  # the state that later steps have
+                _update(
+                    optimizer, [torch.zeros_like(local_part(p)) for p in parameters]
+                )  # the state that later steps have
             loss = instantiate("loss", cfg.loss)
             autocast = torch.autocast("cpu", torch.bfloat16, enabled=cfg.dtype == "bf16" and not sharded)
 
@@ -120,9 +123,9 @@ def predict_peak_memory(cfg: DictConfig, world_size: int, rows: Sequence[Row]) -
                         if i == 0:
                             gradients = _held_between_rows(tracker)
                             tracker.reset_mod_stats()
-                    _update(optimizer, [_local(p.grad) for p in parameters])
+                    _update(optimizer, [local_part(p.grad) for p in parameters])
                     model.zero_grad(set_to_none=True)
-                peaks.append(_by_kind(tracker.get_tracker_snapshot("peak")[_CPU], gradients))
+                peaks.append(_by_kind(_snapshot(tracker, "peak"), gradients))
     return peaks
 
 
@@ -167,10 +170,6 @@ def _ranks_that_are_not_there(world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _update(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor]) -> None:
     for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
         parameter.grad = gradient
@@ -180,12 +179,16 @@ def _update(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor]) -> 
 
 def _held_between_rows(tracker: MemTracker) -> int:
     """Bytes of gradients after a row: what is there and is neither parameter nor optimizer state nor table."""
-    now = {getattr(kind, "value", kind): size for kind, size in tracker.get_tracker_snapshot()[_CPU].items()}
+    now = _snapshot(tracker, "current")
     return sum(now.get(kind, 0) for kind in (*_GRADIENTS, "Temp", "Activation"))
 
 
-def _by_kind(snapshot: dict, gradients_before: int) -> PeakMemory:
-    found = {getattr(kind, "value", kind): size for kind, size in snapshot.items()}
+def _snapshot(tracker: MemTracker, moment: str) -> dict[str, int]:
+    """Bytes that were held, by what the tracker calls their kind."""
+    return {getattr(kind, "value", kind): size for kind, size in tracker.get_tracker_snapshot(moment)[_CPU].items()}
+
+
+def _by_kind(found: dict[str, int], gradients_before: int) -> PeakMemory:
     parameters, gradients, state = (
         sum(found.get(kind, 0) for kind in kinds) for kinds in (_PARAMETERS, _GRADIENTS, _OPTIMIZER_STATE)
     )

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchtune import training, utils
 
 from prefix_sharing.attention import choose_attention_backend
-from prefix_sharing.config import explained, instantiate
+from prefix_sharing.config import component_name, explained, instantiate
 from prefix_sharing.datasets import PrefixPreferenceDataset
 from prefix_sharing.errors import UserError
 from prefix_sharing.model import TreeTransformerDecoder, to_tree_model
@@ -223,7 +223,7 @@ def summarize_run(
     millions = f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters"
     if has_adapter(model):
         millions += f", {sum(p.numel() for p in trainable_parameters(model)) / 1e6:,.2f} M of them trained"
-    model_name, loss_name = (cfg[key]._component_.rsplit(".", 1)[-1] for key in ("model", "loss"))
+    model_name, loss_name = (component_name(cfg[key]) for key in ("model", "loss"))
     where = Path(cfg.checkpointer.output_dir) / f"epoch_{cfg.epochs - 1}"
     line = (
         f"Trained {model_name} ({millions}) with {loss_name} for {num_steps:,} steps on "
