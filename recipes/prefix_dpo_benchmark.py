@@ -13,7 +13,7 @@
 ``layers``
     MLP, attention and attention layer on one pair, its prompt shared against its prompt repeated.
 ``scaling``
-    Masks, attention and steps for longer and longer rows; planning and loading for larger and larger data sets.
+    Masks, attention and steps for longer and longer Rows; planning and loading for larger and larger data sets.
 
 Whatever is compared takes turns, so that drift of the machine hits all alike. Writes ``benchmark.json`` and a picture
 of each part to ``output_dir``.
@@ -30,85 +30,86 @@ import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from omegaconf import MISSING, DictConfig, OmegaConf
-from torchtune import modules, training
 from tqdm import tqdm
 
 from prefix_sharing.attention import choose_attention_backend
-from prefix_sharing.benchmark import plots
 from prefix_sharing.benchmark.bare import seconds_of_matrix_products
-from prefix_sharing.benchmark.formats import Format, Pairs, build_formats
+from prefix_sharing.benchmark.formats import Format, Pairs, row_formats, torchtune_format, trl_format
 from prefix_sharing.benchmark.layers import PARTS, synchronize, time_layers
-from prefix_sharing.benchmark.results import as_table, describe_growth, describe_layers, summarize
 from prefix_sharing.benchmark.scaling import time_examples, time_rows
 from prefix_sharing.benchmark.workloads import draw_lengths, make_pairs, pairs_in, read_pairs
-from prefix_sharing.config import instantiate
-from prefix_sharing.errors import UserError
-from prefix_sharing.model import TreeTransformerDecoder, to_tree_model
-from prefix_sharing.rows import Row
-from prefix_sharing.training import clip_grad_norm, compute_dtype, memory_by_part, parse, peak_memory, set_up_logging
-from prefix_sharing.training.memory import checkpoint_activations
+from prefix_sharing.config import at_least, instantiate, parse
+from prefix_sharing.errors import ConfigError, UserError
+from prefix_sharing.hosts import TreeModel, checkpoint_activations, compile_layers, to_tree_model
+from prefix_sharing.hosts.torchtune.paired import PairedModel
+from prefix_sharing.memory import memory_by_part, peak_memory
+from prefix_sharing.reports import benchmark_plots as plots
+from prefix_sharing.reports.benchmark_tables import as_table, describe_growth, describe_layers, summarize
+from prefix_sharing.run import set_up_logging
+from prefix_sharing.run.optimization import clip_grad_norm
+from prefix_sharing.run.setup import compute_dtype
+from prefix_sharing.trees import Row
 
 log = logging.getLogger("prefix_sharing.recipe")
 
 
+MEASURES = ("steps", "layers", "scaling")
+
+
 @dataclass
 class BenchmarkConfig:
-    """Every key of ``prefix_dpo_benchmark``.
-
-    Attributes:
-        output_dir (str): where the results go.
-        model (Any): builds the model: one of torchtune's builders; its weights are random.
-        measure (list[str]): of ``steps``, ``layers`` and ``scaling``.
-        workloads (list[str]): names in ``prefix_sharing.benchmark.workloads.DATASETS``, or ``PREFIX,CHOSEN,REJECTED``,
-            or a file of pairs.
-        formats (list[str]): of ``prefix_sharing.benchmark.formats``; the first is what the others are compared with.
-        tokens_per_step (int): tokens of a step if no prompt is shared; decides how many pairs a step takes.
-        num_pairs (int | None): pairs a step, whatever their tokens. Default: None.
-        batch_size (int): pairs a micro-batch, where there is a fixed number.
-        pack_len (int): most tokens in a packed row.
-        longest (int): most tokens in a sequence.
-        beta (float): of the DPO loss.
-        rounds (int): measurements that count, after one that does not.
-        measure_memory (bool): whether to take a step of each format in a process of its own for its peak memory.
-        prefix_lengths (list[int]): prompts of ``layers``.
-        completion_lengths (list[int]): responses of ``layers``.
-        layer_backends (list[str]): attention backends of ``layers``.
-        tokens_per_row (list[int]): rows of ``scaling``, multiples of 512.
-        num_examples (list[int]): data sets of ``scaling``, multiples of 1,000.
-        device (str): ``cuda`` or ``cpu``.
-        dtype (str): ``fp32`` or ``bf16``, what the forward pass computes in.
-        attention_backend (str | None): as for training.
-        compile (bool): whether to compile the layers of every format.
-        seed (int): decides weights, lengths and tokens.
-    """
+    """Every key of ``prefix_dpo_benchmark``."""
 
     output_dir: str = MISSING
+    """Directory for the results."""
     model: Any = MISSING
-    measure: list[str] = field(default_factory=lambda: ["steps", "layers", "scaling"])
+    """Builds the model: one of torchtune's builders; its weights are random."""
+    measure: list[str] = field(default_factory=lambda: list(MEASURES))
+    """What is measured: ``steps``, ``layers`` and ``scaling``."""
     workloads: list[str] = MISSING
+    """Names in ``prefix_sharing.benchmark.workloads.DATASETS``, or ``PREFIX,CHOSEN,REJECTED``, or files of pairs."""
     formats: list[str] = field(default_factory=lambda: ["torchtune", "trl", "paired_packed", "prefix", "prefix_packed"])
-    tokens_per_step: int = 8192
-    num_pairs: int | None = None
-    batch_size: int = 4
-    pack_len: int = 4096
-    longest: int = 2048
+    """Formats of ``prefix_sharing.benchmark.formats``; the first is what the others are compared with."""
+    tokens_per_step: int = at_least(1, default=8192)
+    """Tokens of a step if no prompt is shared; decides how many pairs a step takes."""
+    num_pairs: int | None = at_least(1, default=None)
+    """Pairs per step, whatever their tokens."""
+    batch_size: int = at_least(1, default=4)
+    """Pairs per micro-batch, where there is a fixed number."""
+    pack_len: int = at_least(1, default=4096)
+    """Most tokens in a packed Row."""
+    longest: int = at_least(1, default=2048)
+    """Most tokens in a sequence."""
     beta: float = 0.1
-    rounds: int = 3
+    """``beta`` of the DPO loss."""
+    rounds: int = at_least(1, default=3)
+    """Measurements that count, after one that does not."""
     measure_memory: bool = True
+    """Whether to take a step of each format in a process of its own for its peak memory."""
     prefix_lengths: list[int] = field(default_factory=lambda: [128, 512, 2048])
+    """Prompts of ``layers``."""
     completion_lengths: list[int] = field(default_factory=lambda: [128, 512])
+    """Responses of ``layers``."""
     layer_backends: list[str] = field(default_factory=lambda: ["chains"])
+    """Attention backends of ``layers``."""
     tokens_per_row: list[int] = field(default_factory=lambda: [1024, 4096, 16384, 65536])
+    """Rows of ``scaling``, multiples of 512."""
     num_examples: list[int] = field(default_factory=lambda: [1000, 10_000, 100_000, 1_000_000])
+    """Data sets of ``scaling``, multiples of 1,000."""
     device: str = "cpu"
-    dtype: str = "fp32"
-    attention_backend: str | None = None
+    """``cuda`` or ``cpu``."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the forward pass computes in."""
+    attention_backend: Literal["flex", "chains", "varlen"] | None = None
+    """As for training."""
     compile: bool = False
-    seed: int = 0
+    """Whether to compile the layers of every format."""
+    seed: int = at_least(0, default=0)
+    """Decides weights, lengths and tokens."""
 
 
 class PrefixDPOBenchmark:
@@ -126,24 +127,24 @@ class PrefixDPOBenchmark:
         self.tolerance = 1e-5 if cfg.dtype == "fp32" else 1e-2
         self.backend = choose_attention_backend(cfg.attention_backend, self.device, self.dtype)
         for part in cfg.measure:
-            if part not in ("steps", "layers", "scaling"):
-                raise UserError(f"Config: measure: there is no '{part}'; choose of steps, layers, scaling.")
+            if part not in MEASURES:
+                raise ConfigError("measure", f"unknown measurement '{part}'; choose from {', '.join(MEASURES)}")
         torch.manual_seed(cfg.seed)
-        self.model, self.tree = self.new_model(), self.new_model()
+        self.model, tree = self.new_model(), self.new_model()
         # The same parameters, not equal ones.
-        self.tree.load_state_dict(self.model.state_dict(keep_vars=True), assign=True)
-        to_tree_model(self.tree, self.backend)
+        tree.load_state_dict(self.model.state_dict(keep_vars=True), assign=True)
+        self.tree: TreeModel = to_tree_model(tree, self.backend)
         if cfg.compile:
             for model in (self.model, self.tree):
-                training.compile_model(model, verbose=False)
+                compile_layers(model)
         self.formats = self.choose_formats()
         # Formats over one model share its optimizer, too.
         self.optimizers = {
             form.model: torch.optim.AdamW(form.model.parameters(), lr=0.0, fused=True) for form in self.formats
         }
 
-    def new_model(self) -> modules.TransformerDecoder:
-        """A model with random weights, the same each time."""
+    def new_model(self) -> Any:
+        """A model of torchtune's with random weights, the same each time."""
         torch.manual_seed(self.cfg.seed)
         with self.device:
             return instantiate("model", self.cfg.model)
@@ -151,19 +152,19 @@ class PrefixDPOBenchmark:
     def choose_formats(self) -> list[Format]:
         """The formats that the config names; TRL is left out, with a note, where it is not installed."""
         cfg = self.cfg
+        paired = PairedModel(self.model, cfg.beta)
+        found = {"torchtune": torchtune_format(paired, self.device, batch_size=cfg.batch_size)}
         options = {"batch_size": cfg.batch_size, "beta": cfg.beta}
-        there_are = build_formats(self.model, self.tree, self.device, pack_len=cfg.pack_len, **options)
+        found |= row_formats(self.model, self.tree, self.device, pack_len=cfg.pack_len, **options)
         for name in cfg.formats:
-            if name not in (*there_are, "trl"):
-                raise UserError(f"Config: formats: there is no '{name}'; choose of {', '.join(there_are)}, trl.")
+            if name not in (*found, "trl"):
+                raise ConfigError("formats", f"unknown format '{name}'; choose from {', '.join(found)}, trl")
         if "trl" in cfg.formats:
             try:
-                from prefix_sharing.benchmark.trl import build_trl_format
+                found["trl"] = trl_format(paired, self.device, **options)
             except ImportError as error:
                 log.warning("formats: trl is left out (%s): pip install 'torchtune-prefix-sharing[bench]'", error)
-            else:
-                there_are["trl"] = build_trl_format(self.model, self.device, **options)
-        return [there_are[name] for name in cfg.formats if name in there_are]
+        return [found[name] for name in cfg.formats if name in found]
 
     def step(self, form: Format, pairs: Pairs, reference: torch.Tensor) -> torch.Tensor:
         """A full training step; returns its loss, a scalar."""
@@ -249,7 +250,7 @@ class PrefixDPOBenchmark:
             return read_pairs(workload, cfg.tokens_per_step, cfg.longest)
         num_pairs = cfg.num_pairs or max(cfg.batch_size, pairs_in(workload, cfg.tokens_per_step, cfg.seed, cfg.longest))
         lengths = draw_lengths(workload, num_pairs, cfg.seed, cfg.longest)
-        return make_pairs(lengths, self.model.tok_embeddings.num_embeddings, cfg.seed)
+        return make_pairs(lengths, self.tree.vocab_size, cfg.seed)
 
     def memory_of(self, workload: str, form: str) -> dict[str, float]:
         """Peak memory in GiB of a process that takes a step in one format, whole and by part."""
@@ -284,9 +285,9 @@ class PrefixDPOBenchmark:
             )
 
     def time_scaling(self) -> dict[str, list[dict[str, Any]]]:
-        """Times longer and longer rows, and larger and larger data sets."""
+        """Times longer and longer Rows, and larger and larger data sets."""
         cfg = self.cfg
-        model: TreeTransformerDecoder = to_tree_model(self.new_model(), self.backend)
+        model = to_tree_model(self.new_model(), self.backend)
         checkpoint_activations(model, "full")
         with tqdm(total=len(cfg.tokens_per_row) + len(cfg.num_examples), desc="Scaling", unit="size") as progress:
             return {
@@ -322,7 +323,7 @@ class PrefixDPOBenchmark:
             print(describe_growth(results["scaling"]))
             plots.plot_scaling(results["scaling"], title, output_dir / "scaling.png")
         (output_dir / "benchmark.json").write_text(json.dumps(results, indent=2) + "\n")
-        log.info("Results are in %s", output_dir)
+        log.info("Results saved to %s", output_dir)
 
 
 def reference_like(log_probs: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A look at a config's data set before training: lengths, drops, what sharing saves, how rows fill up, one example.
+"""A look at a config's data set before training: lengths, drops, what sharing saves, how Rows fill up, one example.
 
     tune run prefix_dpo_stats --config quickstart/single_device
 
@@ -12,36 +12,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
 from prefix_sharing.attention import rounding_of
-from prefix_sharing.config import instantiate
-from prefix_sharing.datasets.stats import PERCENTILES, mark_example, measure_lengths, percentiles, plot_lengths
-from prefix_sharing.datasets.stats import prefix_ratio as ratio_of
-from prefix_sharing.model import forward_flops
-from prefix_sharing.rows import Plan, bucket_length, report_plan
-from prefix_sharing.training import (
-    DistributedConfig,
-    build_dataset,
-    build_model,
-    build_plan,
-    parse,
-    set_up_logging,
-)
+from prefix_sharing.config import DistributedConfig, at_least, instantiate, parse
+from prefix_sharing.distributed import Ranks
+from prefix_sharing.errors import ConfigError
+from prefix_sharing.planning import ByLength, report_plan
+from prefix_sharing.reports.lengths import PERCENTILES, mark_example, measure_lengths, percentiles, plot_lengths
+from prefix_sharing.reports.lengths import prefix_ratio as ratio_of
+from prefix_sharing.run import build_dataset, build_loss, build_model, build_plan, set_up_logging
+from prefix_sharing.run.data import describe_step
+from prefix_sharing.run.optimization import choose_seed
+from prefix_sharing.trees import bucket_length
 
 log = logging.getLogger("prefix_sharing.recipe")
 
 
 @dataclass
 class StatsConfig(DistributedConfig):
-    """Every key of ``prefix_dpo_stats``: those of a training config, and one more.
+    """Every key of ``prefix_dpo_stats``: those of a training config, and a few more."""
 
-    Attributes:
-        show_example (int): which example is shown.
-    """
-
-    show_example: int = 0
+    show_example: int = at_least(0, default=0)
+    """Index of the example that is shown."""
+    world_size: int = at_least(1, default=1)
+    """Processes that the run will have."""
 
 
 class PrefixDPOStats:
@@ -58,35 +55,45 @@ class PrefixDPOStats:
         self.model = build_model(cfg, device)  # on the meta device, whatever the device
         self.round_length = rounding_of(self.model.attention_backend)
         self.tokenizer = instantiate("tokenizer", cfg.tokenizer)
-        loss = instantiate("loss", cfg.loss)
+        loss = build_loss(cfg)
         self.dataset = build_dataset("dataset", cfg, self.tokenizer, self.model, loss)
-        self.plan = build_plan(cfg, self.dataset, self.model, loss)
+        ranks, seed = Ranks(world_size=cfg.world_size), choose_seed(cfg.seed)
+        self.plan = build_plan(cfg, self.dataset, self.model, loss, seed=seed, ranks=ranks)
+        if cfg.show_example >= len(self.dataset):
+            raise ConfigError("show_example", f"is {cfg.show_example}, but there are {len(self.dataset):,} examples")
+
+    @property
+    def pack_len(self) -> int | None:
+        """Most tokens in a Row as configured; None where Rows are not packed."""
+        return self.plan.packing.pack_len if isinstance(self.plan.packing, ByLength) else None
 
     def packings(self) -> list[dict[str, Any]]:
-        """How full rows are at the config's ``pack_len`` and at others."""
+        """How full Rows are at the config's ``pack_len`` and at others."""
         longest = bucket_length(int(self.plan.sizes.num_tokens.max()))
         found = []
-        for pack_len in sorted({longest * factor for factor in (1, 2, 4, 8)} | {self.plan.pack_len or longest}):
-            plan: Plan = replace(self.plan, pack_len=pack_len, batch_size=None)
-            report = report_plan(plan, self.round_length)
+        for pack_len in sorted({longest * factor for factor in (1, 2, 4, 8)} | {self.pack_len or longest}):
+            packing = self.plan.packing
+            packing = replace(packing, pack_len=pack_len) if isinstance(packing, ByLength) else ByLength(pack_len)
+            report = report_plan(replace(self.plan, packing=packing), self.round_length)
             found.append({"pack_len": pack_len, "rows": report.num_rows, "fill": report.fill})
         return found
 
     def run(self) -> None:
-        """Prints what there is to say, and writes it down."""
+        """Prints the figures, and writes them down."""
         dataset, plan = self.dataset, self.plan
         lengths = measure_lengths(dataset)
-        flops = {share: float(forward_flops(self.model, dataset.sizes(share)).sum()) for share in (True, False)}
+        flops = {share: float(self.model.forward_flops(dataset.sizes(share)).sum()) for share in (True, False)}
         stats = {
             "name": dataset.name,
-            "rows": dataset.num_rows,
+            "records": dataset.num_records,
             "examples": len(dataset),
             "pairs": int(dataset.num_pairs.sum()),
             "dropped": dataset.dropped,
             "percentiles": {name: percentiles(values) for name, values in lengths.named().items()},
-            "median_prefix_ratio": float(sorted(ratio_of(lengths))[len(dataset) // 2]),
+            "median_prefix_ratio": float(np.median(ratio_of(lengths))),
             "repeated_over_shared_tokens": float(lengths.repeated.sum() / lengths.example.sum()),
             "expected_speed_up": flops[False] / flops[True],
+            "world_size": self.cfg.world_size,
             "steps_per_epoch": plan.steps_per_epoch,
             "packings": self.packings(),
         }
@@ -99,11 +106,13 @@ class PrefixDPOStats:
             f"Without sharing, {stats['repeated_over_shared_tokens']:.2f} times the tokens; from the floating-point "
             f"operations of this model, a step is expected to be {stats['expected_speed_up']:.2f} times as fast."
         )
-        per_step = f"{plan.examples_per_step:,} examples" if plan.examples_per_step else f"{plan.rows_per_step:,} rows"
-        print(f"{plan.steps_per_epoch:,} steps an epoch, {per_step} a step.\n")
-        print(f"{'pack_len':>8} {'rows':>8} {'fill':>7}")
+        processes = "1 process" if self.cfg.world_size == 1 else f"{self.cfg.world_size:,} processes"
+        print(
+            f"{plan.steps_per_epoch:,} steps per epoch, {describe_step(plan)} per step, on {processes} (world_size).\n"
+        )
+        print(f"{'pack_len':>8} {'Rows':>8} {'fill':>7}")
         for packing in stats["packings"]:
-            configured = "  as configured" if packing["pack_len"] == plan.pack_len else ""
+            configured = "  as configured" if packing["pack_len"] == self.pack_len else ""
             print(f"{packing['pack_len']:8,} {packing['rows']:8,} {packing['fill']:7.3f}{configured}")
         print(f"\nExample {self.cfg.show_example}, scored tokens underlined:")
         print(mark_example(self.tokenizer, dataset[self.cfg.show_example]))
@@ -112,7 +121,7 @@ class PrefixDPOStats:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
         plot_lengths(lengths, f"{dataset.name}: {len(dataset):,} examples", output_dir / "lengths.png")
-        log.info("Written to %s", output_dir)
+        log.info("Statistics saved to %s", output_dir)
 
 
 @parse(StatsConfig)

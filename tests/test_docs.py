@@ -8,14 +8,14 @@ from pkgutil import resolve_name
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from prefix_sharing.training import DistributedConfig
+from prefix_sharing.training.config import ReferenceConfig, _check_component
 
 from prefix_dpo_answers import AnswersConfig
-from prefix_dpo_plan import PlanConfig
+from prefix_dpo_memory import MemoryConfig
 from prefix_dpo_stats import StatsConfig
 from prefix_sharing.attention import show
 from prefix_sharing.losses import CPOLoss, DPOLoss, ORPOLoss, PlackettLuceLoss, SimPOLoss
-from prefix_sharing.training import DistributedConfig
-from prefix_sharing.training.config import ReferenceConfig, _check_component
 
 DOCS = {file.name: file.read_text() for file in (Path(__file__).parents[1] / "docs").glob("*.md")}
 SNIPPETS = re.findall(r"```yaml\n(.*?)```", DOCS["data.md"], re.DOTALL)
@@ -24,7 +24,7 @@ SNIPPETS = re.findall(r"```yaml\n(.*?)```", DOCS["data.md"], re.DOTALL)
 def test_every_key_is_documented_once_with_its_default():
     table = re.findall(r"^\| `(\w+)` \| (.*?) \|", DOCS["settings.md"], re.MULTILINE)
     known = [*fields(DistributedConfig), *fields(ReferenceConfig)]
-    for config_class in (StatsConfig, PlanConfig, AnswersConfig):
+    for config_class in (StatsConfig, MemoryConfig, AnswersConfig):
         known += [field for field in fields(config_class) if field.name not in DistributedConfig.__dataclass_fields__]
     assert sorted(name for name, _ in table) == sorted(field.name for field in known)
     defaults = {field.name: field.default for field in known}

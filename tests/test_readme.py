@@ -9,19 +9,18 @@ from pkgutil import resolve_name
 
 import pytest
 import yaml
-from runs import SHORT, eval_log, losses, tune_run
+from runs import SHORT, as_overrides, eval_log, losses, tune_run
 from torchtune.training import FullModelHFCheckpointer
 
-from prefix_sharing.config import config_names, find_config
+from prefix_sharing.config import DistributedConfig, config_names, find_config
 from prefix_sharing.datasets import prefix_preference_dataset
 from prefix_sharing.quickstart import tokenizer
-from prefix_sharing.training import DistributedConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.strip().splitlines()]
 RUNS = [shlex.split(command.split("&&")[-1]) for command in COMMANDS if "tune run" in command]
-SHORT_OVERRIDES = [f"{key}={'null' if value is None else value}" for key, value in SHORT.items()]
+SHORT_OVERRIDES = as_overrides(SHORT)
 
 
 @pytest.mark.slow
@@ -71,7 +70,7 @@ def test_the_other_quickstart_commands_run(tmp_path):
 
 @pytest.mark.slow
 def test_the_plan_is_made(tmp_path):
-    (command,) = (run for run in RUNS if "prefix_dpo_plan" in run)
+    (command,) = (run for run in RUNS if "prefix_dpo_memory" in run)
     smaller = ["model._component_=torchtune.models.llama3_2.llama3_2_1b", "pack_len=512"]
     done = tune_run(*command[2:], *smaller, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -110,7 +109,7 @@ def test_every_config_is_listed_and_exists():
             continue
         recipe = next(arg for arg in run if arg.startswith("prefix_dpo_"))
         assert find_config(name)
-        if recipe != "prefix_dpo_plan":  # which takes those of both
+        if recipe != "prefix_dpo_memory":  # which takes those of both
             assert ("distributed" in recipe) == ("distributed" in name)
 
 

@@ -6,16 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from runs import eval_log, losses, run_in_process, training_log
-
 from plain import FAMILIES, plain_log_probs, response
+from runs import eval_log, losses, run_in_process, training_log
+from tokenizers import Tokenizer, models, pre_tokenizers
+
 from prefix_sharing import scoring
 from prefix_sharing.datasets import prefix_preference_dataset
+from prefix_sharing.hosts import load_checkpoint, to_tree_model
 from prefix_sharing.losses import DPOLoss, ORPOLoss, SimPOLoss
-from prefix_sharing.model import to_tree_model
 from prefix_sharing.quickstart import tokenizer
-from prefix_sharing.rows import PrefixTree, Row
-from tokenizers import Tokenizer, models, pre_tokenizers
+from prefix_sharing.trees import PrefixTree, Row, RowOptions
 
 
 def plain_and_tree(family="llama3"):
@@ -55,7 +55,7 @@ def test_answers_cut_away_or_empty_or_alike_after_truncation_never_reach_the_los
     _, tree = plain_and_tree()
     small = [response(np.minimum(r.tokens, 22), r.scored) for r in dataset[0]]
     output = tree(Row.from_examples([small]))
-    assert loss(output.log_probs, output.num_scored, output.log_probs.detach()).losses.isfinite().all()
+    assert loss(output, output.log_probs.detach()).losses.isfinite().all()
 
 
 def test_a_token_merged_across_the_end_of_the_prompt_is_no_part_of_the_prefix():
@@ -93,12 +93,12 @@ def test_gradients_are_those_of_the_mean_over_pairs_however_rows_are_made(loss):
         tree.zero_grad()
         for row in rows:
             output = tree(Row.from_examples([pairs[i] for i in row], num_responses=2))
-            (loss(output.log_probs, output.num_scored, reference[row]).losses.sum() / 3).backward()
+            (loss(output, reference[row]).losses.sum() / 3).backward()
         return torch.cat([p.grad.flatten() for p in tree.parameters()])
 
     tree.zero_grad()
     outputs = [tree(Row.from_examples([pair])) for pair in pairs]
-    alone = [loss(o.log_probs, o.num_scored, reference[[i]]).losses for i, o in enumerate(outputs)]
+    alone = [loss(output, reference[[i]]).losses for i, output in enumerate(outputs)]
     torch.stack(alone).mean().backward()
     expected = torch.cat([p.grad.flatten() for p in tree.parameters()])
     for rows in ([[0, 1, 2]], [[0], [1], [2]], [[2, 0], [1]], [[0, 1, 2], []]):
@@ -110,11 +110,11 @@ def test_padding_counts_nowhere():
     _, tree = plain_and_tree()
     pair = [response([1, 2, 3, 4], [0, 0, 1, 1]), response([1, 2, 5], [0, 0, 1])]
     expected = tree(Row.from_examples([pair]))
-    padded = tree(Row.from_examples([pair], round_length=lambda n: n + 50))
+    padded = tree(Row.from_examples([pair], options=RowOptions(round_length=lambda n: n + 50)))
     torch.testing.assert_close(padded.log_probs, expected.log_probs)
     assert padded.num_scored.equal(expected.num_scored)
     reference = expected.log_probs.detach()
-    assert DPOLoss()(padded.log_probs, padded.num_scored, reference).losses.tolist() == pytest.approx([math.log(2)])
+    assert DPOLoss()(padded, reference).losses.tolist() == pytest.approx([math.log(2)])
 
 
 def test_reference_log_probs_follow_their_examples_through_shuffling(tmp_path):
@@ -130,10 +130,8 @@ def test_reference_log_probs_follow_their_examples_through_shuffling(tmp_path):
 
 
 def initial_policy(recipe):
-    from prefix_sharing.training import load_checkpoint, load_weights
-
     _, checkpoint = load_checkpoint("checkpointer", recipe.cfg.checkpointer)
-    load_weights(recipe.model, checkpoint, recipe.cfg.seed)
+    recipe.model.load_weights(checkpoint, recipe.seed)
     return recipe.model
 
 

@@ -20,7 +20,7 @@ RECIPES = {
     "prefix_dpo_single_device": False,
     "prefix_dpo_distributed": True,
     "prefix_dpo_stats": False,
-    "prefix_dpo_plan": False,
+    "prefix_dpo_memory": False,
     "prefix_dpo_answers": False,
     "prefix_dpo_benchmark": False,
 }
@@ -34,10 +34,8 @@ def register() -> None:
         file = find_config(name)
         configs[recipe_of(file)].append(registry.Config(name=name, file_path=file))
     registry._ALL_RECIPES.extend(
-        registry.Recipe(
-            name=recipe, file_path=find_spec(recipe).origin, configs=configs[recipe], supports_distributed=distributed
-        )
-        for recipe, distributed in RECIPES.items()
+        registry.Recipe(name=recipe, file_path=_path_of(recipe), configs=configs[recipe], supports_distributed=several)
+        for recipe, several in RECIPES.items()
     )
 
 
@@ -51,7 +49,15 @@ def recipe_of(file: str) -> str:
         str: the recipe's name.
     """
     with open(file) as lines:
-        return re.match(r"# Config for (\w+)\.py", lines.readline())[1]
+        (recipe,) = re.findall(r"^# Config for (\w+)\.py", lines.readline())
+    return recipe
+
+
+def _path_of(recipe: str) -> str:
+    spec = find_spec(recipe)
+    assert spec is not None
+    assert spec.origin is not None
+    return spec.origin
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from plain import response, rows_of_examples
+
 from prefix_sharing.attention import (
     ChainsMask,
     FlexMask,
@@ -17,7 +17,7 @@ from prefix_sharing.attention import (
     rounding_of,
 )
 from prefix_sharing.errors import UserError
-from prefix_sharing.rows import Row
+from prefix_sharing.trees import Row, RowOptions
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 
@@ -59,7 +59,7 @@ def test_outputs_and_gradients_are_those_of_dense_attention(on_cpu, mask_class, 
     @settings(max_examples=25)
     @given(rows_of_examples(), st.integers(0, 3))
     def check(row_examples, padding):
-        row = Row.from_examples(row_examples, round_length=lambda n: n + padding)
+        row = Row.from_examples(row_examples, options=RowOptions(round_length=lambda n: n + padding))
         inputs = random_qkv(row.tokens.shape[1], dtype)
         real = slice(0, row.num_tokens)
         expected = dense_attention(row, *inputs)[:, :, real]
@@ -73,7 +73,7 @@ def test_compiled_flex_forward_uses_the_block_mask(length):
     prompt = torch.randint(0, 20, (150,)).tolist()
     answers = [[1] + [3] * 60, [2] + [4] * 40]
     example = [response(prompt + a, [0] * 150 + [1] * len(a)) for a in answers]
-    row = Row.from_examples([example], round_length=lambda n: length)
+    row = Row.from_examples([example], options=RowOptions(round_length=lambda n: length))
     q, k, v = (x.detach() for x in random_qkv(length, torch.float32))
     with torch.no_grad():
         output = FlexMask(row).attend(q, k, v)
@@ -93,7 +93,7 @@ def test_a_window_goes_over_positions(on_cpu, mask_class):
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=0.3, enable_gqa=True)
         queries = q
         if at_predictors:
-            expected, queries = (x.index_select(2, row.predictors) for x in (expected, q))
+            expected, queries = (x.index_select(2, row.predictor_index) for x in (expected, q))
         mask = mask_class(row, at_predictors=at_predictors, window=window)
         assert_same(mask.attend(queries, k, v, scale=0.3), expected, (q, k, v), 1e-12)
 
@@ -112,7 +112,7 @@ def test_scores_are_capped(on_cpu, mask_class):
 
 
 def test_chains_leave_padding_at_zero():
-    row = Row.from_examples([[response([1, 2, 3], [0, 1, 1])]], round_length=lambda n: 5)
+    row = Row.from_examples([[response([1, 2, 3], [0, 1, 1])]], options=RowOptions(round_length=lambda n: 5))
     output = ChainsMask(row).attend(*random_qkv(5, torch.float32))
     assert (output[:, :, 2:] == 0).all()
 
@@ -134,7 +134,7 @@ def test_a_backend_that_cannot_run_is_refused_with_the_way_out(monkeypatch):
         choose_attention_backend("varlen", CUDA, torch.float32)
     with pytest.raises(UserError, match="varlen needs CUDA and dtype: bf16, but this is cpu and bfloat16"):
         choose_attention_backend("varlen", CPU, torch.bfloat16)
-    with pytest.raises(UserError, match="no backend 'flash'; choose one of flex, chains, varlen"):
+    with pytest.raises(UserError, match="unknown backend 'flash'; choose from flex, chains, varlen"):
         choose_attention_backend("flash", CPU, torch.float32)
 
 
@@ -157,14 +157,14 @@ def test_on_a_gpu_a_compiled_backend_is_dense_attention(backend, dtype, toleranc
     head_dim, prompt = 64, torch.randint(0, 20, (300,)).tolist()
     answers = [[1] + [3] * 100, [2] + [4] * 90, [2, 5] + [6] * 60]
     example = [response(prompt + a, [0] * 300 + [1] * len(a)) for a in answers]
-    row = Row.from_examples([example, example], round_length=rounding_of(backend)).to(CUDA)
+    row = Row.from_examples([example, example], options=RowOptions(round_length=rounding_of(backend))).to(CUDA)
     length = row.tokens.shape[1]
     q, k, v = (
         torch.randn(1, heads, length, head_dim, device=CUDA, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)
     )
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     expected = dense_attention(row, *exact)
-    rows = row.predictors if at_predictors else torch.arange(row.num_tokens, device=CUDA)
+    rows = row.predictor_index if at_predictors else torch.arange(row.num_tokens, device=CUDA)
     expected = expected.index_select(2, rows)
     queries = q.index_select(2, rows) if at_predictors else q
     output = mask_builder(backend)(row, at_predictors=at_predictors).attend(queries, k, v)[:, :, : len(rows)]
@@ -182,10 +182,10 @@ def test_at_predictors_queries_see_what_they_see_among_all(on_cpu, mask_class, d
     @settings(max_examples=25)
     @given(rows_of_examples(), st.integers(0, 3))
     def check(row_examples, padding):
-        row = Row.from_examples(row_examples, round_length=lambda n: n + padding)
+        row = Row.from_examples(row_examples, options=RowOptions(round_length=lambda n: n + padding))
         q, k, v = random_qkv(row.tokens.shape[1], dtype)
-        expected = dense_attention(row, q, k, v).index_select(2, row.predictors)
-        output = mask_class(row, at_predictors=True).attend(q.index_select(2, row.predictors), k, v)
+        expected = dense_attention(row, q, k, v).index_select(2, row.predictor_index)
+        output = mask_class(row, at_predictors=True).attend(q.index_select(2, row.predictor_index), k, v)
         assert_same(output, expected, (q, k, v), tolerance)
 
     check()

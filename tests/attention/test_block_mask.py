@@ -2,11 +2,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import rows_of_examples
 from torch.nn.attention.flex_attention import create_block_mask
 
-from plain import rows_of_examples
 from prefix_sharing.attention import tree_block_mask
-from prefix_sharing.rows import Row
+from prefix_sharing.trees import Row, RowOptions
 
 
 def blocks(block_mask, which):
@@ -34,7 +34,7 @@ def assert_equal_to_create_block_mask(subtree_end, block_size):
 @settings(max_examples=60)
 @given(rows_of_examples(), st.integers(0, 40), st.sampled_from([4, 8]))
 def test_small_blocks_of_random_trees(row_examples, padding, block_size):
-    row = Row.from_examples(row_examples, round_length=lambda n: n + padding + 1)
+    row = Row.from_examples(row_examples, options=RowOptions(round_length=lambda n: n + padding + 1))
     assert_equal_to_create_block_mask(row.subtree_end, block_size)
 
 
@@ -71,10 +71,12 @@ def test_all_padding(length):
 def test_queries_at_some_rows_and_within_a_window_meet_every_block_they_see(
     row_examples, padding, block_size, at_predictors, window
 ):
-    row = Row.from_examples(row_examples, round_length=lambda n: n + padding + 1)
+    row = Row.from_examples(row_examples, options=RowOptions(round_length=lambda n: n + padding + 1))
     end, length, position = row.subtree_end, len(row.subtree_end), row.input_pos[0]
-    at = row.predictors if at_predictors else torch.arange(length)
-    ours = tree_block_mask(end, block_size, queries=at if at_predictors else None, positions=position, window=window)
+    at = row.predictor_index if at_predictors else torch.arange(length)
+    ours = tree_block_mask(
+        end, block_size, query_index=at if at_predictors else None, positions=position, window=window
+    )
     assert ours.seq_lengths == (len(at), length)
     keys = torch.arange(-(-length // block_size) * block_size)
     visible = (keys <= at[:, None]) & (at[:, None] < torch.cat([end, keys[length:] * 0]))

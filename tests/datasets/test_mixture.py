@@ -14,7 +14,7 @@ from prefix_sharing.quickstart import tokenizer
 
 @pytest.fixture
 def files(tmp_path):
-    """Ten and thirty pairs, of which the third row of each is dropped."""
+    """Ten and thirty pairs, of which the third record of each is dropped."""
     for name, count in (("a", 11), ("b", 31)):
         with (tmp_path / f"{name}.jsonl").open("w") as out:
             for i in range(count):
@@ -45,8 +45,8 @@ def test_without_weights_everything_is_taken(files):
     assert prompts(mixture) == [f"{name} {i}" for name, n in (("a", 11), ("b", 31)) for i in range(n) if i != 2]
     assert mixture.dropped == {"identical responses": 2}
     # where an example comes from, whatever came before
-    assert mixture.describe(2) == f"row 3 of the split of {files['a']}"
-    assert mixture.describe(12) == f"row 3 of the split of {files['b']}"
+    assert mixture.describe(2) == f"record 3 of the split of {files['a']}"
+    assert mixture.describe(12) == f"record 3 of the split of {files['b']}"
 
 
 def test_weights_share_examples_out_and_none_is_used_twice(files, caplog):
@@ -57,7 +57,7 @@ def test_weights_share_examples_out_and_none_is_used_twice(files, caplog):
     assert sum(name.startswith("b") for name in names) == 10
     assert mixture.dropped == {"beyond its share of the mixture": 20, "identical responses": 2}
     assert f"{files['b']}: 10 of 30 examples, 50.0 % of the mixture" in caplog.text
-    assert "42 rows = 20 used + 22 dropped" in caplog.text
+    assert "42 records = 20 used + 22 dropped" in caplog.text
     assert all(mixture.describe(i).endswith(files[name[0]]) for i, name in enumerate(names))
 
 
@@ -82,5 +82,5 @@ def test_shares(sizes, weights, expected):
 
 def test_weights_that_say_nothing_are_refused(files):
     for weights in ({"a": 0.5}, {"a": 0.5, "b": 0}, {"a": 1, "b": -1}):
-        with pytest.raises(UserError, match="or none, has a positive weight"):
+        with pytest.raises(UserError, match="every data set or none has a positive weight"):
             mixture_of(files, **weights)

@@ -8,10 +8,10 @@ from torchtune.models.llama3 import llama3
 
 from prefix_sharing.datasets import prefix_preference_dataset
 from prefix_sharing.datasets.ranking import pairs_of_ranking, pairs_with_a_preference
-from prefix_sharing.losses import DPOLoss, ORPOLoss, SimPOLoss, take_pairs
-from prefix_sharing.model import to_tree_model
+from prefix_sharing.hosts import to_tree_model
+from prefix_sharing.losses import DPOLoss, ORPOLoss, SimPOLoss
 from prefix_sharing.quickstart import tokenizer
-from prefix_sharing.rows import Row
+from prefix_sharing.trees import Row, RowOptions
 
 PROMPT = "We went to the market and looked at all there was. What did we find?"
 ANSWERS = ["bread and butter", "bread and cheese", "a boat", "bread", "an old boat and a sail", "a sail", "nails"]
@@ -39,7 +39,7 @@ def losses_and_gradient(model, dataset, loss, reference_of):
     model.zero_grad()
     row = as_row(dataset)
     output = model(row)
-    losses = loss(*take_pairs(row.pairs, output.log_probs, output.num_scored, reference_of(output.log_probs))).losses
+    losses = loss(output, reference_of(output.log_probs), row.pairs).losses
     losses.mean().backward()
     return losses.detach(), torch.cat([p.grad.flatten() for p in model.parameters()]), row
 
@@ -73,7 +73,7 @@ def test_a_response_in_no_pair_is_not_computed(tmp_path):
     assert texts[1].endswith("d")
 
 
-def test_a_row_without_a_preference_is_dropped_and_counted(tmp_path):
+def test_a_record_without_a_preference_is_dropped_and_counted(tmp_path):
     rows = [
         {"prompt": "q", "responses": ["a", "b"], "scores": [1.0, 1.0]},
         {"prompt": "q", "responses": ["a", "a"], "scores": [2.0, 1.0]},
@@ -112,7 +112,7 @@ def test_pairs_of_one_prompt_are_merged_and_count_as_apart(tmp_path, model):
     assert len(merged) == 2
     assert merged.num_pairs.tolist() == [4, 1]
     assert merged.num_responses_of.tolist() == [4, 2]
-    assert repr(merged).endswith("6 rows = 5 used (merged into 2 examples) + 1 dropped (identical responses: 1)")
+    assert repr(merged).endswith("6 records = 5 used (merged into 2 examples) + 1 dropped (identical responses: 1)")
 
     expected, expected_gradient, apart_row = losses_and_gradient(model, apart, DPOLoss(), lambda x: x.detach() - 1.0)
     losses, gradient, row = losses_and_gradient(model, merged, DPOLoss(), lambda x: x.detach() - 1.0)
@@ -140,9 +140,9 @@ def test_sizes_are_those_of_the_trees(tmp_path):
     dataset = build(tmp_path, rows)
     for share_prefix in (True, False):
         for i in range(2):
-            row = Row.from_examples([dataset[i]], share_prefix=share_prefix)
+            row = Row.from_examples([dataset[i]], options=RowOptions(share_prefix=share_prefix))
             sizes = dataset.sizes(share_prefix)
             assert sizes.num_tokens[i] == row.num_tokens
-            assert sizes.num_predictors[i] == len(row.predictors)
+            assert sizes.num_predictors[i] == len(row.predictor_index)
             places = torch.arange(row.num_tokens)
             assert sizes.num_visible[i] == (row.subtree_end - places).sum()

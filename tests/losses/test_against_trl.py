@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prefix_sharing.losses import CPOLoss, DPOLoss, weigh_by_confidence
+from prefix_sharing.losses import CPOLoss, DPOLoss
 from prefix_sharing.losses.dpo import LOSS_TYPES
+from prefix_sharing.scoring import ResponseLogProbs
 
 dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer", reason="TRL is not installed: pip install '.[bench]'")
 
@@ -79,7 +80,8 @@ def test_every_loss_type_is_trls(values, loss_type):
     # TRL smooths labels for these only.
     label_smoothing = 0.1 if loss_type in ("robust", "exo_pair", "aot", "aot_unpaired") else 0.0
     loss = DPOLoss(beta=0.3, label_smoothing=label_smoothing, loss_type=loss_type)
-    ours = loss(*values).losses
+    policy, counts, reference = values
+    ours = loss(ResponseLogProbs(policy, counts), reference).losses
     together = trls_losses(loss, *values, loss_types=[loss_type], pairs_at_once=NUM_PAIRS)
     torch.testing.assert_close(ours.mean(), together[0], rtol=1e-6, atol=1e-6)
     if not loss_type.startswith("aot"):  # which compare pairs with one another
@@ -101,15 +103,16 @@ def test_every_divergence_is_trls(values, divergence, loss_type):
     if divergence == "alpha_divergence":  # TRL's takes no fp64
         policy, reference, tolerance = policy.float(), reference.float(), 1e-5
     expected = trls_losses(loss, policy, counts, reference, loss_types=[loss_type])
-    torch.testing.assert_close(loss(policy, counts, reference).losses, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        loss(ResponseLogProbs(policy, counts), reference).losses, expected, rtol=tolerance, atol=tolerance
+    )
 
 
 def test_weighting_is_trls(values):
-    policy, counts, _ = values
+    policy, counts, reference = values
     log_squares = -torch.rand(NUM_PAIRS, 2, dtype=torch.float64)
     loss = DPOLoss(beta=0.3, use_weighting=True)
-    pairs = torch.arange(2 * NUM_PAIRS).view(-1, 2)
-    ours = weigh_by_confidence(loss(*values), policy / counts - log_squares, pairs).losses
+    ours = loss(ResponseLogProbs(policy, counts, policy / counts - log_squares), reference).losses
     expected = trls_losses(loss, *values, loss_types=["sigmoid"], log_squares=log_squares)
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
 
@@ -117,7 +120,9 @@ def test_weighting_is_trls(values):
 def test_rpo_adds_the_negative_log_likelihood_of_the_chosen_response(values):
     loss = DPOLoss(beta=0.3, rpo_alpha=0.7)
     expected = trls_losses(loss, *values, loss_types=["sigmoid", "sft"], weights=[1.0, 0.7])
-    torch.testing.assert_close(loss(*values).losses, expected, rtol=1e-6, atol=1e-6)
+    policy, counts, reference = values
+    ours = loss(ResponseLogProbs(policy, counts), reference).losses
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_cpo_is_trls(values):
@@ -132,10 +137,10 @@ def test_cpo_is_trls(values):
         cpo_alpha=0.0,
     )
     expected, chosen, rejected = cpo_trainer.CPOTrainer.cpo_loss(trainer, policy[:, 0], policy[:, 1])
-    found = CPOLoss(beta=0.2, label_smoothing=0.1, cpo_alpha=0.0)(policy, counts)
+    found = CPOLoss(beta=0.2, label_smoothing=0.1, cpo_alpha=0.0)(ResponseLogProbs(policy, counts))
     torch.testing.assert_close(found.losses, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.chosen_rewards, chosen)
     torch.testing.assert_close(found.rejected_rewards, rejected)
     # The likelihood term, as TRL adds it for a batch of one pair.
-    with_likelihood = CPOLoss(beta=0.2, label_smoothing=0.1, cpo_alpha=0.5)(policy, counts).losses
+    with_likelihood = CPOLoss(beta=0.2, label_smoothing=0.1, cpo_alpha=0.5)(ResponseLogProbs(policy, counts)).losses
     torch.testing.assert_close(with_likelihood, expected - 0.5 * policy[:, 0] / counts[:, 0], rtol=1e-6, atol=1e-6)

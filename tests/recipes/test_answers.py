@@ -5,17 +5,17 @@ import re
 import numpy as np
 import pytest
 import torch
-from runs import make_config, run_in_process, tune_run
-from test_lora import lora
-
 from plain import response
+from runs import lora, make_config, make_recipe, run_in_process, tune_run
+
 from prefix_dpo_answers import AnswersConfig, PrefixDPOAnswers, header_length, split_at_answer
-from prefix_sharing.errors import UserError
+from prefix_sharing.errors import ConfigError
+from prefix_sharing.hosts.torchtune import AnswerModel
 from prefix_sharing.quickstart import tokenizer
 
 
 def answers_of(directory, **overrides):
-    recipe = PrefixDPOAnswers(make_config(directory, config_class=AnswersConfig, max_new_tokens=8, **overrides))
+    recipe = make_recipe(directory, PrefixDPOAnswers, config_class=AnswersConfig, max_new_tokens=8, **overrides)
     recipe.run()
     text = (directory / "answers.md").read_text()
     return recipe, {
@@ -33,7 +33,7 @@ def test_answers_are_the_likeliest_tokens_of_each_model(tmp_path, overrides):
     assert all(prompt.rstrip().endswith("assistant") for prompt in answers["prompt"])
 
     # One token after the other without a cache, from the weights that training ended with.
-    plain = recipe.new_model()
+    plain = AnswerModel(recipe.cfg.model, torch.device("cpu"), torch.float32).model
     plain.load_state_dict(trained.model.state_dict())
     tokens = list(split_at_answer(trained.dataset_val[0][0])[0])
     start = len(tokens)
@@ -78,14 +78,16 @@ def test_answers_before_are_those_of_the_adapter_the_run_began_with(tmp_path):
 
 def test_more_tokens_than_the_model_takes_are_refused(tmp_path):
     run_in_process(tmp_path)
-    with pytest.raises(UserError, match="max_new_tokens: 500 behind the longest prompt"):
-        PrefixDPOAnswers(make_config(tmp_path, config_class=AnswersConfig, max_new_tokens=500)).run()
+    with pytest.raises(ConfigError, match="'max_new_tokens': 500 after the longest prompt"):
+        make_recipe(tmp_path, PrefixDPOAnswers, config_class=AnswersConfig, max_new_tokens=500).run()
 
 
 def test_a_run_that_is_not_done_is_refused(tmp_path):
-    with pytest.raises(UserError, match="there is no .*epoch_0; train with this config first"):
+    with pytest.raises(
+        ConfigError, match="'checkpointer.output_dir': .*epoch_0 not found; train with this config first"
+    ):
         answers_of(tmp_path)
-    with pytest.raises(UserError, match="prompts of dataset_val, and there is none"):
+    with pytest.raises(ConfigError, match="'dataset_val': required: its prompts are the ones that are answered"):
         answers_of(tmp_path, dataset_val=None)
 
 

@@ -48,28 +48,28 @@ def refused(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def write(tmp_path):
-    def write_rows(*rows):
+    def write_records(*records):
         file = tmp_path / "pairs.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
         return [*BUILDER, "dataset.source=json", f"dataset.data_files={file}"]
 
-    return write_rows
+    return write_records
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("bach_size=2", "Config: there is no key 'bach_size'; the nearest one is 'batch_size'."),
-        ("attention_backend=flex", "attention_backend: flex cannot train on cpu"),
-        ("flex_kernel_options.BLOCK_M=64", "flex_kernel_options: the attention backend is chains, which takes none."),
+        ("bach_size=2", "Config key 'bach_size': unknown key. Did you mean 'batch_size'?"),
+        ("attention_backend=flex", "'attention_backend': flex cannot train on cpu"),
+        ("flex_kernel_options.BLOCK_M=64", "'flex_kernel_options': not used by the attention backend chains."),
         ("model.vocab_size=300", "the model's vocabulary has 300; tokenizer and model do not belong together."),
-        ("model.max_seq_len=64", "but the model takes 64; set dataset.max_seq_len."),
-        ("output_dir=/proc/nothing", "output_dir: /proc/nothing cannot be written"),
-        ("device=cuda", "device: cuda, but there is none here"),
-        ("model.num_heads=3", "model: torchtune.models.llama3.llama3: "),
+        ("model.max_seq_len=64", "but the model takes 64; set it to that or less."),
+        ("output_dir=/proc/nothing", "'output_dir': /proc/nothing cannot be written"),
+        ("device=cuda", "'device': cuda is not available"),
+        ("model.num_heads=3", "'model': torchtune.models.llama3.llama3: "),
         ("tokenizer.max_seq_len=3", "has no example to train on (dropped by reason: nothing scored: 64)."),
-        ("optimizer.lr=fast", "optimizer: torch.optim.AdamW: "),
-        ("checkpointer.model_type=LLAMA9", "checkpointer: prefix_sharing.quickstart.random_checkpointer: "),
+        ("optimizer.lr=fast", "'optimizer': torch.optim.AdamW: "),
+        ("checkpointer.model_type=LLAMA9", "'checkpointer': prefix_sharing.quickstart.random_checkpointer: "),
     ],
 )
 def test_a_wrong_value(refused, override, message):
@@ -88,7 +88,7 @@ def test_activation_offloading_without_cuda(refused):
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     said = refused("enable_activation_checkpointing=True", "enable_activation_offloading=True")
-    assert "enable_activation_offloading needs a CUDA device" in said
+    assert "'enable_activation_offloading': needs a CUDA device" in said
 
 
 def test_a_missing_data_file(refused):
@@ -97,9 +97,9 @@ def test_a_missing_data_file(refused):
     )
 
 
-def test_a_malformed_row(refused, write):
+def test_a_malformed_record(refused, write):
     said = refused(*write(PAIR, PAIR, {**PAIR, "chosen": 3}))
-    assert "pairs.jsonl, row 2 (line 3): chosen must be a string, but is a number." in said
+    assert "pairs.jsonl, record 2 (line 3): chosen must be a string, but is a number." in said
 
 
 def test_a_data_set_of_which_nothing_is_left(refused, write):
@@ -113,7 +113,9 @@ def test_examples_that_are_no_pairs(refused, write):
 
 
 def test_an_unknown_key_under_reference(refused):
-    assert "there is no key 'reference.cache_dri'; the nearest one is 'cache_dir'" in refused("reference.cache_dri=x")
+    assert "Config key 'reference.cache_dri': unknown key. Did you mean 'cache_dir'?" in refused(
+        "reference.cache_dri=x"
+    )
 
 
 def test_a_checkpoint_that_does_not_fit_the_model(refused, tmp_path):
@@ -127,7 +129,7 @@ def test_a_checkpoint_that_does_not_fit_the_model(refused, tmp_path):
         "model.num_layers=4",
     )
     assert "the checkpoint does not fit the model: layers.3." in said
-    assert "is missing there" in said
+    assert "is missing in the checkpoint" in said
 
 
 def test_a_checkpoint_that_is_not_there(refused, tmp_path):
@@ -138,9 +140,28 @@ def test_a_checkpoint_that_is_not_there(refused, tmp_path):
         "checkpointer.checkpoint_files=[model.safetensors]",
         "checkpointer.model_type=LLAMA3",
     )
-    assert "checkpointer: torchtune.training.FullModelHFCheckpointer: " in said
+    assert "Config key 'checkpointer': torchtune.training.FullModelHFCheckpointer: " in said
     assert "nowhere/config.json" in said
 
 
 def test_a_mistake_in_the_held_out_data_set_names_its_key(refused):
-    assert "Error: dataset_val: prefix_sharing.quickstart.preference_pairs: " in refused("dataset_val.num_pairs=many")
+    assert "Error: Config key 'dataset_val': prefix_sharing.quickstart.preference_pairs: " in refused(
+        "dataset_val.num_pairs=many"
+    )
+
+
+def test_a_loss_of_another_kind(refused):
+    assert "stubs.LossOfAnotherKind is not a prefix_sharing.losses.Loss" in refused("loss=stubs.LossOfAnotherKind")
+
+
+def test_a_reference_for_a_loss_that_needs_none(refused):
+    said = refused(
+        "loss=prefix_sharing.losses.SimPOLoss",
+        "ref_checkpointer._component_=torchtune.training.FullModelHFCheckpointer",
+        "ref_checkpointer.checkpoint_dir=nowhere",
+    )
+    assert "'ref_checkpointer': not used: SimPOLoss needs no reference; remove it." in said
+
+
+def test_a_mistake_in_an_argument_of_a_builder_names_the_whole_key(refused, write):
+    assert "Config key 'dataset.truncation': must be one of" in refused(*write(PAIR), "dataset.truncation=middle")

@@ -14,9 +14,8 @@ from runs import tune_run
 from prefix_dpo_benchmark import BenchmarkConfig, PrefixDPOBenchmark, reference_like
 from prefix_sharing.benchmark.bare import RecordProducts
 from prefix_sharing.benchmark.workloads import DATASETS, draw_lengths, pairs_in
-from prefix_sharing.config import find_config
+from prefix_sharing.config import check_config, find_config
 from prefix_sharing.errors import UserError
-from prefix_sharing.training import check_config
 
 FORMATS = ["torchtune", "trl", "paired_packed", "prefix", "prefix_packed"]
 if importlib.util.find_spec("trl") is None:
@@ -125,7 +124,7 @@ def test_all_formats_train_the_same_parameters(tmp_path):
 
 def test_trl_is_left_out_with_a_note_where_it_is_not_installed(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.delitem(sys.modules, "prefix_sharing.benchmark.trl", raising=False)
+    monkeypatch.delitem(sys.modules, "prefix_sharing.hosts.trl", raising=False)
     with caplog.at_level("WARNING", logger="prefix_sharing"):
         formats = benchmark(tmp_path).formats
     assert [form.name for form in formats] == [name for name in FORMATS if name != "trl"]
@@ -155,9 +154,9 @@ def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"formats": ["trees"]}, "there is no 'trees'"),
-        ({"measure": ["speed"]}, "there is no 'speed'"),
-        ({}, "'alpaca' is neither"),
+        ({"formats": ["trees"]}, "unknown format 'trees'"),
+        ({"measure": ["speed"]}, "unknown measurement 'speed'"),
+        ({}, "unknown workload 'alpaca'"),
     ],
 )
 def test_what_there_is_not_is_said(tmp_path, keys, message):

@@ -2,27 +2,9 @@
 
 import pyarrow.parquet as pq
 import pytest
-from runs import SHORT, eval_log, losses, run_in_process, tune_run
-from test_single_device import load_checkpoint
+from runs import SHORT, eval_log, load_plain_model, losses, run_distributed, run_in_process, tune_run
 
 KEYS = SHORT | {"dataset.num_pairs": 160, "max_steps_per_epoch": 12, "batch_size": 2}
-
-
-def run_distributed(directory, num_processes, config="quickstart/distributed", base=KEYS, **keys):
-    directory.mkdir(exist_ok=True)
-    overrides = [f"{key}={'null' if value is None else value}" for key, value in (base | keys).items()]
-    done = tune_run(
-        "--nproc_per_node",
-        str(num_processes),
-        "prefix_dpo_distributed",
-        "--config",
-        config,
-        *overrides,
-        "output_dir=out",
-        cwd=directory,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return directory / "out"
 
 
 @pytest.mark.slow
@@ -30,7 +12,7 @@ def test_two_processes_follow_one_and_write_its_checkpoint(tmp_path):
     alone = tmp_path / "alone"
     run_in_process(alone, **KEYS | {"gradient_accumulation_steps": 6})
     together = run_distributed(
-        tmp_path / "together", 2, gradient_accumulation_steps=3, enable_activation_checkpointing=True
+        tmp_path / "together", 2, **KEYS | {"gradient_accumulation_steps": 3, "enable_activation_checkpointing": True}
     )
     assert len(losses(together)) == 12
     assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
@@ -39,8 +21,8 @@ def test_two_processes_follow_one_and_write_its_checkpoint(tmp_path):
             assert eval_log(together)[-1][key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
     margins = [pq.read_table(run / "margins.parquet")["margin_after"].to_numpy() for run in (together, alone)]
     assert margins[0] == pytest.approx(margins[1], rel=1e-3, abs=1e-3)
-    ours = load_checkpoint(together / "epoch_0", tmp_path).state_dict()
-    for name, tensor in load_checkpoint(alone / "epoch_0", tmp_path).state_dict().items():
+    ours = load_plain_model(together / "epoch_0", tmp_path).state_dict()
+    for name, tensor in load_plain_model(alone / "epoch_0", tmp_path).state_dict().items():
         assert (ours[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
 
 
@@ -50,7 +32,7 @@ def test_three_processes_and_an_uneven_last_step(tmp_path):
     keys = {"dataset.num_pairs": 64, "max_steps_per_epoch": None, "dataset_val": None}
     run_in_process(tmp_path / "alone", **KEYS | keys | {"gradient_accumulation_steps": 6})
     together = run_distributed(
-        tmp_path / "together", 3, gradient_accumulation_steps=2, fsdp_sync_every_row=True, **keys
+        tmp_path / "together", 3, **KEYS | keys | {"gradient_accumulation_steps": 2, "fsdp_sync_every_row": True}
     )
     assert len(losses(together)) == 6
     assert losses(together) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
@@ -59,9 +41,8 @@ def test_three_processes_and_an_uneven_last_step(tmp_path):
 @pytest.mark.slow
 def test_two_copies_of_two_shards(tmp_path):
     run_in_process(tmp_path / "alone", **KEYS | {"gradient_accumulation_steps": 8, "dataset_val": None})
-    together = run_distributed(
-        tmp_path / "together", 4, gradient_accumulation_steps=2, data_parallel_replicate_dim=2, dataset_val=None
-    )
+    keys = KEYS | {"gradient_accumulation_steps": 2, "data_parallel_replicate_dim": 2, "dataset_val": None}
+    together = run_distributed(tmp_path / "together", 4, **keys)
     assert losses(together) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
 
@@ -75,7 +56,9 @@ def test_resuming_on_another_number_of_processes(tmp_path):
     out = tmp_path / "parts" / "out"
     out.parent.mkdir()
     run_in_process(out, **KEYS | keys | {"gradient_accumulation_steps": 4})
-    run_distributed(tmp_path / "parts", 2, gradient_accumulation_steps=2, resume_from_checkpoint=True, **keys)
+    run_distributed(
+        tmp_path / "parts", 2, **KEYS | keys | {"gradient_accumulation_steps": 2, "resume_from_checkpoint": True}
+    )
     assert losses(out)[len(expected) :] == pytest.approx(expected[6:], rel=1e-4)
 
 
@@ -92,7 +75,9 @@ def test_a_mistake_is_said_once_whatever_the_number_of_processes(tmp_path):
     )
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("Error:")]
-    assert said == ["Error: rank 0: Config: data_parallel_replicate_dim is 3, which does not divide the 2 processes."]
+    assert said == [
+        "Error: rank 0: Config key 'data_parallel_replicate_dim': is 3, which does not divide the 2 processes."
+    ]
     assert not list(tmp_path.rglob("epoch_*"))
 
 

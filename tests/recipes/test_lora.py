@@ -7,40 +7,31 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from runs import (
+    MODEL,
     eval_log,
     evaluated_log_probs,
     hf_checkpointer,
+    lora,
     losses,
     make_config,
+    make_recipe,
+    run_distributed,
     run_in_process,
     training_log,
     transformers_log_probs,
 )
 from safetensors.torch import load_file
-from test_distributed import run_distributed
 from torchtune.modules.peft import disable_adapter
 
 from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
 from prefix_sharing.config import find_config
 from prefix_sharing.errors import UserError
 from prefix_sharing.quickstart import preference_pairs, tokenizer
-from prefix_sharing.rows import Row
+from prefix_sharing.run import set_up_device
+from prefix_sharing.trees import Row
 
-BASE = OmegaConf.to_container(OmegaConf.load(find_config("quickstart/single_device")).model)
 # NF4 wants weights of a multiple of 64 * 256 numbers, on each rank.
-QUANTIZABLE = {**BASE, "embed_dim": 256, "intermediate_dim": 384}
-ADAPTER = {
-    "lora_attn_modules": ["q_proj", "v_proj", "output_proj"],
-    "apply_lora_to_mlp": True,
-    "lora_rank": 4,
-    "lora_alpha": 8,
-}
-
-
-def lora(base=BASE, **arguments):
-    """Overrides for a run with an adapter over the quickstart's model."""
-    model = {**base, **ADAPTER, **arguments, "_component_": "torchtune.models.llama3.lora_llama3"}
-    return {"model": model, "checkpointer.model": base, "optimizer.lr": 1e-2, "lr_scheduler": None}
+QUANTIZABLE = {**MODEL, "embed_dim": 256, "intermediate_dim": 384}
 
 
 def is_adapter(name):
@@ -78,11 +69,8 @@ def test_the_merged_model_computes_what_base_and_adapter_do(tmp_path):
     recipe = run_in_process(tmp_path / "lora", save_adapter_weights_only=False, **lora())
     row = Row.from_examples([recipe.dataset_val[i] for i in range(4)])
     expected = recipe.model(row).log_probs
-    merged = PrefixDPORecipeSingleDevice(
-        make_config(
-            tmp_path / "merged", checkpointer=hf_checkpointer(tmp_path / "lora" / "epoch_0", tmp_path / "merged")
-        )
-    )
+    checkpointer = hf_checkpointer(tmp_path / "lora" / "epoch_0", tmp_path / "merged")
+    merged = make_recipe(tmp_path / "merged", checkpointer=checkpointer)
     merged.setup()
     torch.testing.assert_close(merged.model(row).log_probs, expected, rtol=1e-5, atol=1e-4)
 
@@ -135,7 +123,7 @@ def test_a_run_that_begins_with_a_trained_adapter_has_that_as_its_reference(tmp_
     # Unless told otherwise: the base model, by its checkpoint.
     cfg = make_config(tmp_path / "base", **keys)
     cfg.ref_checkpointer = {**cfg.checkpointer, "output_dir": str(tmp_path / "reference")}
-    recipe = PrefixDPORecipeSingleDevice(cfg)
+    recipe = PrefixDPORecipeSingleDevice(cfg, set_up_device(cfg))
     recipe.setup()
     recipe.train()
     recipe.cleanup()
@@ -148,6 +136,31 @@ def test_resuming_goes_on_from_the_adapter(tmp_path):
     run_in_process(tmp_path / "parts", **keys)
     recipe = run_in_process(tmp_path / "parts", **keys | {"resume_from_checkpoint": True})
     assert recipe.global_step == 4
+    assert losses(tmp_path / "parts")[-2:] == pytest.approx(losses(tmp_path / "whole")[-2:], rel=1e-6)
+
+
+def test_dropout_is_the_same_with_a_warm_reference_cache_other_workers_and_no_evaluation(tmp_path):
+    keys = lora(lora_dropout=0.5)
+    run_in_process(tmp_path / "cold", **keys, **{"reference.cache_dir": str(tmp_path / "cache")})
+    expected = losses(tmp_path / "cold")
+    for name, others in (
+        ("warm", {"reference.cache_dir": str(tmp_path / "cache")}),
+        ("no_cache", {"reference.cache_dir": None, "num_workers": 0}),
+        ("no_evaluation", {"dataset_val": None}),
+    ):
+        run_in_process(tmp_path / name, **keys, **others)
+        assert losses(tmp_path / name) == expected, name
+    # dropout is at work, and another seed is another dropout
+    run_in_process(tmp_path / "other", **keys, seed=1, shuffle=False)
+    run_in_process(tmp_path / "same", **keys, seed=0, shuffle=False)
+    assert losses(tmp_path / "other")[1:] != losses(tmp_path / "same")[1:]
+
+
+def test_dropout_goes_on_as_it_would_have_when_a_run_is_resumed(tmp_path):
+    keys = lora(lora_dropout=0.5) | {"max_steps_per_epoch": 2, "epochs": 2}
+    run_in_process(tmp_path / "whole", **keys)
+    run_in_process(tmp_path / "parts", **keys)
+    run_in_process(tmp_path / "parts", **keys | {"resume_from_checkpoint": True})
     assert losses(tmp_path / "parts")[-2:] == pytest.approx(losses(tmp_path / "whole")[-2:], rel=1e-6)
 
 
@@ -168,8 +181,8 @@ def test_a_quantized_base_trains(tmp_path):
 def test_an_adapter_for_a_model_without_one_is_refused(tmp_path):
     file = tmp_path / "adapter_model.pt"
     torch.save({"layers.0.attn.q_proj.lora_a.weight": torch.zeros(4, 8)}, file)
-    recipe = PrefixDPORecipeSingleDevice(make_config(tmp_path, adapter_checkpoint=str(file)))
-    with pytest.raises(UserError, match="lora_a.weight is 4x8 there, but missing in the model"):
+    recipe = make_recipe(tmp_path, adapter_checkpoint=str(file))
+    with pytest.raises(UserError, match="lora_a.weight is 4x8 in the checkpoint, but missing in the model"):
         recipe.setup()
 
 
@@ -188,9 +201,7 @@ def test_two_processes_follow_one(tmp_path, overrides):
     for key, value in overrides.items():
         OmegaConf.update(cfg, key, value, merge=False)
     OmegaConf.save(cfg, tmp_path / "lora.yaml")
-    together = run_distributed(
-        tmp_path / "together", 2, config=str(tmp_path / "lora.yaml"), base={}, batch_size=4, **keys
-    )
+    together = run_distributed(tmp_path / "together", 2, config=str(tmp_path / "lora.yaml"), batch_size=4, **keys)
     assert losses(together) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
     alone = torch.load(tmp_path / "alone" / "epoch_0" / "adapter_model.pt")
     for name, tensor in torch.load(together / "epoch_0" / "adapter_model.pt").items():

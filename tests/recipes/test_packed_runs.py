@@ -6,8 +6,7 @@ import math
 
 import pytest
 from omegaconf import OmegaConf
-from runs import eval_log, losses, run_in_process, training_log
-from test_distributed import run_distributed
+from runs import eval_log, losses, run_distributed, run_in_process, training_log
 
 from prefix_sharing.config import find_config
 from prefix_sharing.errors import UserError
@@ -27,16 +26,20 @@ def pairs_file(tmp_path):
     return str(file)
 
 
-def keys_for(file, packed=True, **kwargs):
-    dataset = OmegaConf.create({"_component_": BUILDER, "source": "json", "data_files": file, "packed": packed})
+def keys_for(file, **kwargs):
+    dataset = OmegaConf.create({"_component_": BUILDER, "source": "json", "data_files": file})
     keys = {"dataset": dataset, "dataset_val.num_pairs": 8, "max_steps_per_epoch": None, "global_batch_size": 8}
-    keys |= {"optimizer.lr": 1e-2, "lr_scheduler": None, "model.max_seq_len": 1024, "gradient_accumulation_steps": 1}
+    keys |= {"optimizer.lr": 1e-2, "lr_scheduler": None, "model.max_seq_len": 1024}
+    keys |= {"gradient_accumulation_steps": None, "batch_size": None, "packing": "step"}
     return keys | kwargs
+
+
+UNPACKED = {"packing": "none", "batch_size": 1, "pack_len": None}
 
 
 @pytest.fixture
 def unpacked(tmp_path, pairs_file):
-    run_in_process(tmp_path / "unpacked", **keys_for(pairs_file, packed=False, batch_size=1))
+    run_in_process(tmp_path / "unpacked", **keys_for(pairs_file, **UNPACKED))
     return losses(tmp_path / "unpacked")
 
 
@@ -69,9 +72,9 @@ def test_the_papers_mode_takes_rows_not_examples(tmp_path, pairs_file, caplog):
     keys = {"packing": "dataset", "pack_rows_per_step": 2, "pack_len": 1024, "global_batch_size": None}
     with caplog.at_level("INFO", logger="prefix_sharing"):
         recipe = run_in_process(tmp_path / "out", **keys_for(pairs_file, **keys))
-    assert any("2 rows a step" in message for message in caplog.messages)
+    assert any("2 Rows per step" in message for message in caplog.messages)
     assert recipe.plan.steps_per_epoch == -(-len(recipe.plan.rows_of_dataset) // 2)
-    assert len({len(step.examples) for step in recipe.plan.epoch(0)}) > 1
+    assert len({len(step.example_index) for step in recipe.plan.epoch(0)}) > 1
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "out"))
 
 
@@ -85,8 +88,8 @@ def test_a_second_run_computes_no_reference(tmp_path, pairs_file, caplog):
         run_in_process(tmp_path / "second", **keys_for(pairs_file, **keys))
     found = [message for message in caplog.messages if "reference log-probs of" in message]
     assert [message.split(": ", 1)[1] for message in found] == [
-        "reference log-probs of 45 examples found, of 0 to be computed",
-        "reference log-probs of 8 examples found, of 0 to be computed",
+        "reference log-probs of 45 examples in the cache, 0 to compute",
+        "reference log-probs of 8 examples in the cache, 0 to compute",
     ]
     assert losses(tmp_path / "second")[0] == pytest.approx(math.log(2), abs=1e-6)
 
@@ -100,7 +103,7 @@ def test_ranked_responses_train_packed(tmp_path):
     keys = keys_for(str(file), pack_len=2048)
     keys["dataset"].pairs = "all"
     recipe = run_in_process(tmp_path / "packed", **keys)
-    run_in_process(tmp_path / "unpacked", **keys | {"dataset.packed": False, "batch_size": 1})
+    run_in_process(tmp_path / "unpacked", **keys | UNPACKED)
     assert set(recipe.dataset.num_pairs) == {1, 3}
     assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "unpacked"), rel=1e-5)
     assert losses(tmp_path / "packed")[0] == pytest.approx(math.log(2), abs=1e-6)
@@ -109,16 +112,8 @@ def test_ranked_responses_train_packed(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (
-            {"pack_len": 128},
-            r"dataset: row 31 of the split of .*pairs.jsonl makes 522 tokens and does not fit",
-        ),
-        ({"global_batch_size": None}, "dataset.packed: True with packing: step needs global_batch_size"),
-        ({"packing": "dataset"}, "dataset.packed: True with packing: dataset needs pack_rows_per_step"),
-        ({"packing": "dataset", "dataset.packed": False}, "packing: dataset needs"),
-        ({"packing": "rows"}, "packing must be step or dataset, but is rows"),
-        ({"pack_len": "longest"}, "pack_len must be auto or a number of tokens, but is longest"),
-        ({"global_batch_size": 99, "drop_last": True}, "dataset: 45 examples are not one step; drop_last: False"),
+        ({"pack_len": 128}, r"'pack_len': record 31 of the split of .*pairs.jsonl makes 522 tokens, more than 128"),
+        ({"global_batch_size": 99, "drop_last": True}, "'drop_last': leaves no step: the 45 examples are fewer"),
     ],
     ids=str,
 )
@@ -133,7 +128,9 @@ def test_processes_share_rows_and_cache(tmp_path, pairs_file, unpacked):
     keys = {
         "max_steps_per_epoch": None,
         "global_batch_size": 8,
-        "gradient_accumulation_steps": 1,
+        "packing": "step",
+        "gradient_accumulation_steps": None,
+        "batch_size": None,
         "dataset_val.num_pairs": 8,
         "optimizer.lr": 1e-2,
         "lr_scheduler": None,
@@ -141,15 +138,15 @@ def test_processes_share_rows_and_cache(tmp_path, pairs_file, unpacked):
         "pack_len": 1024,
     }
     cfg = OmegaConf.load(find_config("quickstart/distributed"))
-    cfg.dataset = {"_component_": BUILDER, "source": "json", "data_files": pairs_file, "packed": True}
+    cfg.dataset = {"_component_": BUILDER, "source": "json", "data_files": pairs_file}
     OmegaConf.save(cfg, tmp_path / "packed.yaml")
     config = str(tmp_path / "packed.yaml")
-    two = run_distributed(tmp_path / "two", 2, config=config, base={}, **keys)
+    two = run_distributed(tmp_path / "two", 2, config=config, **keys)
     assert losses(two) == pytest.approx(unpacked, rel=1e-5)
     assert losses(two)[0] == pytest.approx(math.log(2), abs=1e-6)
     # Steps of 3 on four processes, the last of the 45 examples: some processes have nothing to do. A frozen reference.
     few = {"global_batch_size": 3, "max_steps_per_epoch": 2, "reference.precompute": False}
-    four = run_distributed(tmp_path / "four", 4, config=config, base={}, **keys | few)
+    four = run_distributed(tmp_path / "four", 4, config=config, **keys | few)
     run_in_process(tmp_path / "alone", **keys_for(pairs_file, **few | {"pack_len": 1024}))
     assert losses(four) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
     assert training_log(four)[0]["tokens_saved"] > 0.3

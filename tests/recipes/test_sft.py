@@ -78,13 +78,15 @@ def test_nll_follows_torchtunes_packed_fine_tuning(tmp_path, chats):
         "_component_": "prefix_sharing.datasets.prefix_preference_dataset",
         "source": "json",
         "data_files": str(chats),
-        "packed": True,
     }
     recipe = run_in_process(
         tmp_path,
         dataset=dataset,
         dataset_val=dataset,
         loss={"_component_": "prefix_sharing.losses.NLLLoss"},
+        packing="step",
+        batch_size=None,
+        gradient_accumulation_steps=None,
         global_batch_size=24,
         pack_len=512,
         epochs=EPOCHS,

@@ -1,50 +1,33 @@
 """The single-device recipe from config to checkpoint, in this process."""
 
+import logging
 import math
 
+import matplotlib.figure
 import pyarrow.parquet as pq
 import pytest
 import torch
 from omegaconf import OmegaConf
+from plain import plain_log_probs
 from runs import (
     eval_log,
     evaluated_log_probs,
     hf_checkpointer,
+    load_plain_model,
     losses,
     make_config,
+    make_recipe,
     read_log,
     run_in_process,
     training_log,
     transformers_log_probs,
 )
-from torchtune.models.llama3 import llama3
-from torchtune.training import FullModelHFCheckpointer
 
 import prefix_dpo_single_device
-from plain import plain_log_probs
+from prefix_sharing.config import TrainingConfig, check_config
 from prefix_sharing.errors import UserError
 from prefix_sharing.quickstart import preference_pairs, tokenizer
 from prefix_sharing.tokenizers import hf_chat_tokenizer
-
-MODEL = {
-    "vocab_size": 2048,
-    "num_layers": 3,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "embed_dim": 128,
-    "intermediate_dim": 352,
-    "max_seq_len": 512,
-}
-
-
-def load_checkpoint(directory, tmp_path, name="model-00001-of-00001.safetensors"):
-    """A saved checkpoint by torchtune's own checkpointer, in torchtune's own model."""
-    checkpointer = FullModelHFCheckpointer(
-        checkpoint_dir=str(directory), checkpoint_files=[name], model_type="LLAMA3", output_dir=str(tmp_path / "again")
-    )
-    model = llama3(**MODEL)
-    model.load_state_dict(checkpointer.load_checkpoint()["model"])
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +44,7 @@ def run(tmp_path_factory):
 def test_margins_of_held_out_pairs_are_those_of_the_evaluation(run):
     recipe, output_dir = run
     table = pq.read_table(output_dir / "margins.parquet")
-    assert table["source_row"].to_pylist() == list(range(len(recipe.dataset_val)))
+    assert table["record"].to_pylist() == list(range(len(recipe.dataset_val)))
     before, after = (table[f"margin_{when}"].to_numpy() for when in ("before", "after"))
     evaluation = eval_log(output_dir)[-1]
     # DPO's reward is beta times the change, for the policy before training is the reference
@@ -94,7 +77,7 @@ def test_metrics_have_torchtunes_names(run):
 
 def test_logged_log_probs_are_those_of_plain_sequences(run, tmp_path):
     _, output_dir = run
-    model = load_checkpoint(output_dir / "epoch_0", tmp_path)
+    model = load_plain_model(output_dir / "epoch_0", tmp_path)
     held_out = preference_pairs(tokenizer(), num_pairs=16, seed=1)
     with torch.no_grad():
         log_probs = torch.stack([plain_log_probs(model, held_out[i]) for i in range(16)]).mean(0)
@@ -149,7 +132,7 @@ def test_resuming_continues_the_run(tmp_path):
     after = losses(tmp_path / "parts")[len(before) :]
     assert after == pytest.approx(losses(tmp_path / "whole")[len(before) :], rel=1e-6)
     assert resumed.global_step == whole.global_step == 12
-    assert resumed.cfg.seed == 0
+    assert resumed.seed == 0
     # The reference is still the policy that the run began with.
     ours, theirs = resumed.reference.log_probs, whole.reference.log_probs
     torch.testing.assert_close(ours[~ours.isnan()], theirs[~ours.isnan()], rtol=1e-5, atol=1e-5)
@@ -178,7 +161,7 @@ class StopsAfterTwoEpochs(prefix_dpo_single_device.PrefixDPORecipeSingleDevice):
 
 
 def test_nothing_to_resume_from_is_said(tmp_path):
-    with pytest.raises(UserError, match="resume_from_checkpoint is true, but there is no .*recipe_state.pt"):
+    with pytest.raises(UserError, match="'resume_from_checkpoint': .*recipe_state.pt not found"):
         run_in_process(tmp_path, resume_from_checkpoint=True)
 
 
@@ -186,7 +169,7 @@ def test_another_checkpoint_can_be_the_reference(tmp_path):
     run_in_process(tmp_path / "first", dataset_val=None, **{"optimizer.lr": 1e-2})
     reference = hf_checkpointer(tmp_path / "first" / "epoch_0", tmp_path / "unused")
     recipe = run_in_process(tmp_path / "second", dataset_val=None, ref_checkpointer=reference)
-    model = load_checkpoint(tmp_path / "first" / "epoch_0", tmp_path)
+    model = load_plain_model(tmp_path / "first" / "epoch_0", tmp_path)
     visited = recipe.plan.examples_visited(0, 1)
     with torch.no_grad():
         expected = torch.stack([plain_log_probs(model, recipe.dataset[i]) for i in visited])
@@ -211,6 +194,92 @@ def test_every_n_steps_are_logged_and_evaluated(tmp_path):
     assert [step for step, metrics in read_log(tmp_path) if "eval/loss" in metrics] == [0, 3, 4]
 
 
+def test_an_entry_covers_all_steps_since_the_last_one_across_epochs_and_to_the_end(tmp_path):
+    keys = {"max_steps_per_epoch": 5, "epochs": 2, "dataset_val": None}
+    run_in_process(tmp_path / "each", **keys)
+    run_in_process(tmp_path / "third", log_every_n_steps=3, **keys)
+    each = losses(tmp_path / "each")
+    entries = {step: metrics["loss"] for step, metrics in read_log(tmp_path / "third")}
+    assert list(entries) == [3, 6, 9, 10]
+    for step, since in ((3, 0), (6, 3), (9, 6), (10, 9)):
+        assert entries[step] == pytest.approx(sum(each[since:step]) / (step - since), rel=1e-6), step
+
+
+def test_curves_are_of_one_run(tmp_path, monkeypatch):
+    run_in_process(tmp_path, max_steps_per_epoch=3, dataset_val=None)
+    drawn = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    run_in_process(tmp_path, max_steps_per_epoch=2, dataset_val=None)
+    (line,) = drawn[0].axes[0].lines
+    assert line.get_xdata().tolist() == [1, 2]
+
+
+def test_a_run_that_diverges_stops_and_names_step_and_examples(tmp_path):
+    recipe = make_recipe(tmp_path, **{"optimizer.lr": 1e30, "lr_scheduler": None, "dataset_val": None})
+    recipe.setup()
+    with pytest.raises(UserError, match="Training diverged at step 2: the loss is not finite. Its examples are record"):
+        recipe.train()
+    assert len(losses(tmp_path)) == 1
+    assert not (tmp_path / "epoch_0").exists()
+
+
+def test_the_examples_whose_loss_is_not_finite_are_named_and_nothing_is_updated(tmp_path):
+    recipe = make_recipe(tmp_path, dataset_val=None)
+    recipe.setup()
+    bad = recipe.plan.epoch(0)[1].example_index[2]
+    recipe.reference.log_probs[bad, 1] = torch.nan
+    saved = {}
+    step = recipe.optimizer.step
+
+    def remember():
+        step()
+        saved.update({name: tensor.clone() for name, tensor in recipe.model.state_dict().items()})
+
+    recipe.optimizer.step = remember
+    record = f"record {bad} of the split of generated pairs"
+    with pytest.raises(
+        UserError, match=rf"at step 2: the loss is not finite. Its examples are {record} \(seed 0\)\. N"
+    ):
+        recipe.train()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in recipe.model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    recipe = make_recipe(tmp_path, dataset_val=None)
+    recipe.setup()
+    recipe.model.layers[0].mlp.w1.weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(UserError, match="at step 1: the norm of the gradient is not finite. Its examples are record"):
+        recipe.train()
+
+
+def test_without_clipping_no_gradient_is_changed(tmp_path, monkeypatch):
+    from prefix_sharing.run.optimization import clip_grad_norm
+
+    model = torch.nn.Linear(3, 2)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 5.0)
+    versions = [parameter.grad._version for parameter in model.parameters()]
+    norm = clip_grad_norm(model, None)
+    assert norm.item() == pytest.approx(5 * math.sqrt(8))
+    assert [parameter.grad._version for parameter in model.parameters()] == versions
+    assert clip_grad_norm(model, 1.0).item() == pytest.approx(norm.item())
+    assert clip_grad_norm(model, None).item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_the_log_is_closed_when_a_run_fails(tmp_path, monkeypatch):
+    closed = []
+    recipe_class = prefix_dpo_single_device.PrefixDPORecipeSingleDevice
+    cleanup = recipe_class.cleanup
+    monkeypatch.setattr(recipe_class, "cleanup", lambda self: closed.append(self) or cleanup(self))
+    monkeypatch.setattr(recipe_class, "train", lambda self: 1 / 0)
+    cfg = make_config(tmp_path, dataset_val=None)
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    monkeypatch.setattr("sys.argv", ["recipe", "--config", str(tmp_path / "config.yaml")])
+    with pytest.raises(SystemExit):
+        prefix_dpo_single_device.recipe_main()
+    assert closed[0].metric_logger._file.closed
+
+
 def test_examples_without_pairs_are_refused(tmp_path):
     file = tmp_path / "ranked.jsonl"
     file.write_text('{"prompt": "q", "responses": ["a", "b", "c"]}\n{"prompt": "q", "responses": ["a"]}\n')
@@ -224,14 +293,12 @@ def test_examples_without_pairs_are_refused(tmp_path):
 
 
 def test_the_last_line_says_what_became_of_the_accuracy(tmp_path, caplog):
-    import logging
-
     logging.getLogger("prefix_sharing").propagate = True
     with caplog.at_level("INFO", logger="prefix_sharing"):
         recipe = run_in_process(tmp_path)
     line = caplog.messages[-1]
     assert line.startswith("Trained llama3 (1.1 M parameters) with DPOLoss for 4 steps on generated pairs (seed 0) (64")
-    assert f"it lies in {tmp_path / 'epoch_0'}" in line
+    assert f"checkpoint saved to {tmp_path / 'epoch_0'}" in line
     before, after = (metrics["eval/rewards/accuracies"] for metrics in eval_log(tmp_path))
     assert line.endswith(f"held-out accuracy {before:.3f} -> {after:.3f}.")
     assert recipe.epochs_run == 1
@@ -240,5 +307,6 @@ def test_the_last_line_says_what_became_of_the_accuracy(tmp_path, caplog):
 def test_the_seed_that_was_drawn_is_in_the_saved_config(tmp_path):
     recipe = run_in_process(tmp_path, seed=None, dataset_val=None, max_steps_per_epoch=1)
     saved = OmegaConf.load(tmp_path / "torchtune_config.yaml")
-    assert saved.seed == recipe.cfg.seed
-    assert make_config(tmp_path, seed=saved.seed).seed == saved.seed
+    assert saved.seed == recipe.seed
+    # which is a config that runs again
+    assert check_config(saved, TrainingConfig).seed == recipe.seed

@@ -5,13 +5,13 @@ import re
 
 import numpy as np
 import pytest
+from plain import response
 from runs import make_config
 
-from plain import response
 from prefix_dpo_stats import PrefixDPOStats, StatsConfig
-from prefix_sharing.datasets.stats import mark_example, prefix_ratio, shared_prefix
-from prefix_sharing.datasets.stats import measure_lengths as measure
-from prefix_sharing.model import forward_flops
+from prefix_sharing.errors import ConfigError
+from prefix_sharing.reports.lengths import mark_example, prefix_ratio, shared_prefix
+from prefix_sharing.reports.lengths import measure_lengths as measure
 
 
 @pytest.fixture
@@ -37,15 +37,32 @@ def test_what_is_found_is_printed_and_written(stats, tmp_path, capsys):
     dataset = stats.dataset
     assert (found["examples"], found["pairs"], found["dropped"]) == (64, 64, {})
     assert found["percentiles"]["prefix"]["50"] == int(np.median(measure(dataset).prefix))
-    flops = [forward_flops(stats.model, dataset.sizes(share)).sum() for share in (False, True)]
+    flops = [stats.model.forward_flops(dataset.sizes(share)).sum() for share in (False, True)]
     assert found["expected_speed_up"] == pytest.approx(flops[0] / flops[1])
     assert found["steps_per_epoch"] == stats.plan.steps_per_epoch == 4
     rows = [packing["rows"] for packing in found["packings"]]
     assert rows == sorted(rows, reverse=True)
     assert (tmp_path / "stats" / "lengths.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "64 rows = 64 used + 0 dropped" in printed
+    assert "64 records = 64 used + 0 dropped" in printed
     assert "branch 2" in printed
+
+
+def test_a_run_on_several_processes_is_planned_for_as_many(tmp_path, capsys):
+    keys = {"name": "quickstart/distributed", "config_class": StatsConfig}
+    for world_size, steps, said in (
+        (1, 8, "8 examples per step, on 1 process"),
+        (4, 2, "32 examples per step, on 4 proc"),
+    ):
+        stats = PrefixDPOStats(make_config(tmp_path, **keys, max_steps_per_epoch=None, world_size=world_size))
+        assert stats.plan.steps_per_epoch == steps
+        stats.run()
+        assert said in capsys.readouterr().out
+
+
+def test_an_example_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="'show_example': is 64, but there are 64 examples"):
+        PrefixDPOStats(make_config(tmp_path, config_class=StatsConfig, show_example=64))
 
 
 class Letters:

@@ -7,14 +7,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from runs import SHORT, losses, tune_run
+from runs import SHORT, as_overrides, losses, tune_run
 
 import prefix_dpo_distributed
 import prefix_dpo_single_device
 from prefix_sharing.config import config_names, find_config
 
 ROOT = Path(__file__).parents[2]
-OVERRIDES = [f"{key}={'null' if value is None else value}" for key, value in SHORT.items()]
+OVERRIDES = as_overrides(SHORT)
 
 
 @pytest.mark.slow
@@ -40,7 +40,7 @@ def test_bad_input_is_one_line_for_tune_run_too(tmp_path):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     said = done.stderr.splitlines()[-1]
-    assert said == "Error: Config: there is no key 'bach_size'; the nearest one is 'batch_size'."
+    assert said == "Error: Config key 'bach_size': unknown key. Did you mean 'batch_size'?"
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 

@@ -7,7 +7,7 @@ import pytest
 from torchtune.data import Message
 
 from prefix_sharing.errors import UserError
-from prefix_sharing.quickstart.checkpointer import _TOKENIZER
+from prefix_sharing.quickstart.checkpointer import TOKENIZER_DIR
 from prefix_sharing.tokenizers import hf_chat_tokenizer
 
 CHATML = (
@@ -66,7 +66,7 @@ TEMPLATES = {
 def make_tokenizer(tmp_path):
     def make(template, **kwargs):
         directory = tmp_path / "model"
-        shutil.copytree(_TOKENIZER, directory, dirs_exist_ok=True)
+        shutil.copytree(TOKENIZER_DIR, directory, dirs_exist_ok=True)
         (directory / "chat_template.jinja").write_text(template)
         return hf_chat_tokenizer(str(directory), **kwargs)
 
@@ -232,14 +232,14 @@ def test_the_template_cannot_reach_out_of_its_sandbox(make_tokenizer):
 
 
 def test_missing_files_and_templates_are_named(tmp_path, make_tokenizer):
-    with pytest.raises(UserError, match="there is no .*tokenizer.json"):
+    with pytest.raises(UserError, match="tokenizer.json not found"):
         hf_chat_tokenizer(str(tmp_path / "nowhere"))
     directory = make_tokenizer(CHATML).path
     shutil.rmtree(directory)
-    shutil.copytree(_TOKENIZER, directory, ignore=shutil.ignore_patterns("*.jinja"))
+    shutil.copytree(TOKENIZER_DIR, directory, ignore=shutil.ignore_patterns("*.jinja"))
     with pytest.raises(UserError, match="no chat template"):
         hf_chat_tokenizer(directory)
-    with pytest.raises(UserError, match="no valid jinja"):
+    with pytest.raises(UserError, match="not valid jinja"):
         make_tokenizer("{% for %}")
 
 

@@ -1,8 +1,7 @@
-"""Tree attention: the mask of a row, and the backends that compute with it."""
+"""Tree attention: the mask of a Row, and the backends that compute with it."""
 
 from prefix_sharing.attention.backend import (
     AttentionBackend,
-    TreeMask,
     choose_attention_backend,
     mask_builder,
     rounding_of,
@@ -10,6 +9,7 @@ from prefix_sharing.attention.backend import (
 from prefix_sharing.attention.block_mask import tree_block_mask
 from prefix_sharing.attention.chains import ChainsMask
 from prefix_sharing.attention.flex import FlexMask
+from prefix_sharing.attention.mask import TreeMask
 from prefix_sharing.attention.varlen import VarlenMask
 
 __all__ = [

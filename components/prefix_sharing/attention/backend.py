@@ -4,39 +4,38 @@
 backend  runs on                        how
 ======== ============================== ==================================================================
 flex     CUDA; CPU without gradients    compiled FlexAttention with a block mask
-chains   any device                     one scaled dot product attention a chain
+chains   any device                     one scaled dot product attention per chain
 varlen   CUDA, in bf16                  all chains as the sequences of one call to FlashAttention
 ======== ============================== ==================================================================
 """
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
 from prefix_sharing.attention.chains import ChainsMask
 from prefix_sharing.attention.flex import FlexMask
+from prefix_sharing.attention.mask import TreeMask
 from prefix_sharing.attention.varlen import VarlenMask, has_grouped_queries
-from prefix_sharing.errors import UserError
-from prefix_sharing.rows import bucket_length
+from prefix_sharing.errors import ConfigError
+from prefix_sharing.trees import bucket_length
 
 AttentionBackend = Literal["flex", "chains", "varlen"]
-
-TreeMask = ChainsMask | FlexMask | VarlenMask
 
 _MASKS: dict[str, type[TreeMask]] = {"flex": FlexMask, "chains": ChainsMask, "varlen": VarlenMask}
 
 
 def mask_builder(backend: AttentionBackend, kernel_options: Mapping[str, Any] | None = None) -> Callable[..., TreeMask]:
-    """What makes the mask of a row.
+    """What makes the mask of a Row.
 
     Args:
         backend (AttentionBackend): the backend.
         kernel_options (Mapping[str, Any] | None): handed to FlexAttention. Default: None, its own choice.
 
     Returns:
-        Callable[..., TreeMask]: takes a row, and ``at_predictors``.
+        Callable[..., TreeMask]: takes the arguments of ``TreeMask``.
     """
     if backend == "flex" and kernel_options is not None:
         return functools.partial(FlexMask, kernel_options=dict(kernel_options))
@@ -44,7 +43,7 @@ def mask_builder(backend: AttentionBackend, kernel_options: Mapping[str, Any] | 
 
 
 def rounding_of(backend: AttentionBackend) -> Callable[[int], int] | None:
-    """How row lengths are rounded: compiled attention needs them to be few."""
+    """How Row lengths are rounded: compiled attention needs them to be few."""
     return bucket_length if backend == "flex" else None
 
 
@@ -65,17 +64,18 @@ def choose_attention_backend(name: str | None, device: torch.device, dtype: torc
     if name is None:
         return "flex" if device.type == "cuda" else "chains"
     if name not in _MASKS:
-        raise UserError(f"attention_backend: there is no backend '{name}'; choose one of {', '.join(_MASKS)}.")
+        raise ConfigError("attention_backend", f"unknown backend '{name}'; choose from {', '.join(_MASKS)}")
     if name == "flex" and device.type != "cuda":
-        raise UserError(
-            f"attention_backend: flex cannot train on {device.type}, where FlexAttention has no backward; "
-            "use chains, or leave the key out."
+        problem = (
+            f"flex cannot train on {device.type}, where FlexAttention has no backward; use chains or remove the key"
         )
+        raise ConfigError("attention_backend", problem)
     if name == "varlen" and (device.type != "cuda" or dtype != torch.bfloat16):
-        raise UserError(
-            f"attention_backend: varlen needs CUDA and dtype: bf16, but this is {device.type} and "
-            f"{str(dtype).removeprefix('torch.')}; use chains, or leave the key out."
+        problem = (
+            f"varlen needs CUDA and dtype: bf16, but this is {device.type} and {str(dtype).removeprefix('torch.')}; "
+            "use chains or remove the key"
         )
+        raise ConfigError("attention_backend", problem)
     if name == "varlen" and not has_grouped_queries():
-        raise UserError(f"attention_backend: varlen needs torch 2.12 or newer, but this is {torch.__version__}.")
-    return name
+        raise ConfigError("attention_backend", f"varlen needs torch 2.12 or newer, but this is {torch.__version__}")
+    return cast(AttentionBackend, name)

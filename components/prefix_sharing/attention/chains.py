@@ -1,25 +1,20 @@
-"""Tree attention as one call to scaled dot product attention a chain: any device, with a backward everywhere.
+"""Tree attention as one call to scaled dot product attention per chain: any device, with a backward everywhere.
 
-Holds no row x row mask and computes no masked-out score but those above the diagonal.
+Holds no token x token mask of the Row and computes no masked-out score but those above the diagonal.
 """
 
 import itertools
 
 import torch
 import torch.nn.functional as F
+from typing_extensions import override
 
-from prefix_sharing.rows import Row
+from prefix_sharing.attention.mask import TreeMask
+from prefix_sharing.trees import Row
 
 
-class ChainsMask:
-    """The mask of one row, made once and used by every layer.
-
-    Args:
-        row (Row): the row.
-        at_predictors (bool): whether the queries are those of ``row.predictors`` only, as in the last layer.
-            Default: False, those of every row.
-        window (int | None): how many positions a token may see, its own included. Default: None, all.
-    """
+class ChainsMask(TreeMask):
+    """The mask of one Row as chains: which keys each sees, and small masks for those that see more than their own."""
 
     def __init__(self, row: Row, *, at_predictors: bool = False, window: int | None = None) -> None:
         length = row.tokens.shape[1]
@@ -30,7 +25,9 @@ class ChainsMask:
         self._key_sizes = [end - start for start, end in itertools.pairwise(cuts)]
         piece_at = {start: piece for piece, start in enumerate(cuts)}
 
-        self._query_sizes, self._key_pieces, self._masks = [], [], []
+        self._query_sizes: list[int] = []
+        self._key_pieces: list[list[int]] = []
+        self._masks: list[torch.Tensor | None] = []
         for chain, predictors in zip(chains, row.predictor_spans, strict=True):
             (start, end), ancestors = chain.span, chain.ancestors
             size = sum(b - a for a, b in predictors) if at_predictors else end - start
@@ -46,16 +43,17 @@ class ChainsMask:
             if num_ancestors == 0 and not at_predictors and (window is None or num_keys <= window):
                 self._masks.append(None)  # plain causal attention
                 continue
-            rows = torch.arange(start, end, device=row.tokens.device)
+            query_index = torch.arange(start, end, device=row.tokens.device)
             if at_predictors:
                 first = sum(self._query_sizes[:-1])
-                rows = row.predictors[first : first + size]
-            position = (rows - start + num_ancestors)[:, None]
-            keys = torch.arange(num_keys, device=rows.device)
+                query_index = row.predictor_index[first : first + size]
+            position = (query_index - start + num_ancestors)[:, None]
+            keys = torch.arange(num_keys, device=query_index.device)
             visible = keys <= position
             self._masks.append(visible if window is None else visible & (keys > position - window))
         self._padding = 0 if at_predictors else length - sum(self._query_sizes)
 
+    @override
     def attend(
         self,
         q: torch.Tensor,
@@ -65,19 +63,8 @@ class ChainsMask:
         scale: float | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        """Attention of the queries to the rows they may see.
-
-        Args:
-            q (torch.Tensor): queries, shape ``[1, heads, s, head_dim]``, or ``p`` in place of s.
-            k (torch.Tensor): keys, shape ``[1, kv_heads, s, head_dim]``.
-            v (torch.Tensor): values, shape ``[1, kv_heads, s, head_dim]``.
-            scale (float | None): what scores are multiplied with. Default: None, ``head_dim ** -0.5``.
-            softcap (float | None): bounds scores to ``softcap * tanh(score / softcap)``, as in Gemma 2. Default: None.
-
-        Returns:
-            torch.Tensor: the shape of ``q``; zero at padding.
-        """
-        # split, not slices: the backward of a slice fills a whole row with zeros.
+        """Zero at padding."""
+        # split, not slices: the backward of a slice fills a whole Row with zeros.
         *queries, padding = q.split([*self._query_sizes, self._padding], dim=2)
         keys, values = k.split(self._key_sizes, dim=2), v.split(self._key_sizes, dim=2)
         outputs = []

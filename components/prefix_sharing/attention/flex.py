@@ -9,29 +9,30 @@ from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import flex_attention
+from typing_extensions import override
 
 from prefix_sharing.attention.block_mask import tree_block_mask
-from prefix_sharing.rows import Row
+from prefix_sharing.attention.mask import TreeMask
+from prefix_sharing.torch_private import raise_recompile_limits
+from prefix_sharing.trees import Row
 
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
-    # Every row length is a shape of its own, and past the limit dynamo falls back to the eager operator, which builds
-    # all scores. Rows come in few lengths (prefix_sharing.rows.bucket_length), each with and without gradients, but in
+    # Every Row length is a shape of its own, and past the limit dynamo falls back to the eager operator, which builds
+    # all scores. Rows come in few lengths (prefix_sharing.trees.bucket_length), each with and without gradients, but in
     # more than the default limit of 8.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)
+    raise_recompile_limits(256, accumulated=1024)
     return torch.compile(flex_attention, dynamic=False)
 
 
-class FlexMask:
-    """The mask of one row, made once and used by every layer.
+class FlexMask(TreeMask):
+    """The mask of one Row as a block mask.
 
     Args:
-        row (Row): the row, on the device that computes it.
-        at_predictors (bool): whether the queries are those of ``row.predictors`` only, as in the last layer.
-            Default: False, those of every row.
-        window (int | None): how many positions a token may see, its own included. Default: None, all.
+        row (Row): see ``TreeMask``.
+        at_predictors (bool): see ``TreeMask``.
+        window (int | None): see ``TreeMask``.
         kernel_options (dict[str, Any] | None): see ``torch.nn.attention.flex_attention.flex_attention``. Default: None.
     """
 
@@ -46,11 +47,12 @@ class FlexMask:
         self._kernel_options = kernel_options
         self.block_mask = tree_block_mask(
             row.subtree_end,
-            queries=row.predictors if at_predictors else None,
+            query_index=row.predictor_index if at_predictors else None,
             positions=row.input_pos[0],
             window=window,
         )
 
+    @override
     def attend(
         self,
         q: torch.Tensor,
@@ -60,7 +62,6 @@ class FlexMask:
         scale: float | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        """Attention of every row to the rows it may see; arguments as of ``ChainsMask.attend``."""
         return _compiled_flex_attention()(
             q,
             k,

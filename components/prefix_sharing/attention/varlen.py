@@ -2,7 +2,7 @@
 
 Every chain is one such sequence: its queries are its own rows, its keys those of its ancestors and its own, causal and
 aligned at the lower right. FlashAttention has to find the keys of a sequence side by side, so K and V are gathered once
-a layer, those of a shared prefix once for each chain below it.
+per layer, those of a shared prefix once for each chain below it.
 """
 
 import functools
@@ -12,8 +12,10 @@ import itertools
 import numpy as np
 import torch
 from torch.nn.attention.varlen import varlen_attn
+from typing_extensions import override
 
-from prefix_sharing.rows import Row
+from prefix_sharing.attention.mask import TreeMask
+from prefix_sharing.trees import Row
 
 
 @functools.cache
@@ -22,15 +24,8 @@ def has_grouped_queries() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-class VarlenMask:
-    """The mask of one row, made once and used by every layer.
-
-    Args:
-        row (Row): the row, on the device that computes it.
-        at_predictors (bool): whether the queries are those of ``row.predictors`` only, as in the last layer. Those that
-            follow one another in a chain are then a sequence. Default: False, those of every row.
-        window (int | None): how many positions a token may see, its own included. Default: None, all.
-    """
+class VarlenMask(TreeMask):
+    """The mask of one Row as sequences: its chains or, at predictors, each run of predictors within a chain."""
 
     def __init__(self, row: Row, *, at_predictors: bool = False, window: int | None = None) -> None:
         # The keys of a chain are a path from the root, so positions and places in the sequence are the same.
@@ -54,6 +49,7 @@ class VarlenMask:
         keys = np.concatenate([np.arange(a, b) for a, b in key_spans])
         self._keys = torch.from_numpy(keys).to(device, non_blocking=True)
 
+    @override
     def attend(
         self,
         q: torch.Tensor,
@@ -63,7 +59,7 @@ class VarlenMask:
         scale: float | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        """Attention of the queries to the rows they may see; arguments as of ``ChainsMask.attend``.
+        """As the base class says.
 
         Raises:
             NotImplementedError: if scores are to be capped, which this kernel cannot do.

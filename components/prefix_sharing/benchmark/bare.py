@@ -8,14 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from prefix_sharing.torch_private import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, TorchDispatchMode
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
 # How many products each attention kernel makes of a matrix of scores: S, then S V; again S, then the gradients of
 # V, S, Q and K.
 _ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: 2,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: 5,
+    CPU_ATTENTION: 2,
+    CPU_ATTENTION_BACKWARD: 5,
 }
 
 
@@ -48,7 +49,7 @@ class RecordProducts(TorchDispatchMode):
 def seconds_of_matrix_products(step: Callable[[], Any], rounds: int) -> float:
     """Repeats the matrix products of a step on tensors of the same shapes and strides.
 
-    Those within attention are counted at the same operations a second. Products within compiled code are not seen; on
+    Those within attention are counted at the same operations per second. Products within compiled code are not seen; on
     CUDA, where attention is compiled, that is attention.
 
     Args:

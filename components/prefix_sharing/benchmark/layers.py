@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchtune.modules import MultiHeadAttention
+from torch import nn
 
 from prefix_sharing.attention import AttentionBackend, mask_builder, rounding_of
-from prefix_sharing.model import TreeTransformerLayer
-from prefix_sharing.rows import PrefixTree, Response, Row
+from prefix_sharing.hosts.torchtune import TreeTransformerLayer
+from prefix_sharing.trees import PrefixTree, Response, Row, RowOptions
 
 PARTS = ("mlp", "attention", "attention_layer")
 
@@ -39,14 +39,12 @@ def one_pair(prefix: int, completion: int) -> list[Response]:
     return [Response(np.repeat([0, token], [prefix, completion + 1]), scored) for token in (1, 2)]
 
 
-def random_qkv(
-    attn: MultiHeadAttention, length: int, device: torch.device, autocast: torch.autocast
-) -> list[torch.Tensor]:
-    """Queries, keys and values of a row, in the precision that projections give.
+def random_qkv(attn: nn.Module, length: int, device: torch.device, autocast: torch.autocast) -> list[torch.Tensor]:
+    """Queries, keys and values of a Row, in the precision that projections give.
 
     Args:
-        attn (MultiHeadAttention): the attention, for its numbers of heads.
-        length (int): tokens in the row.
+        attn (nn.Module): torchtune's attention, for its numbers of heads.
+        length (int): tokens in the Row.
         device (torch.device): where they lie.
         autocast (torch.autocast): the precision.
 
@@ -86,7 +84,7 @@ def time_layers(
         completion_lengths (Sequence[int]): lengths of each response.
         rounds (int): times that count, after one that does not.
         autocast (torch.autocast): the precision.
-        progress (Callable[[], None]): called once a measurement.
+        progress (Callable[[], None]): called after each measurement.
 
     Returns:
         list[dict[str, Any]]: ``part, backend, prefix, completion``; medians ``shared_s`` and ``repeated_s``; their
@@ -127,7 +125,7 @@ def _run(
 ) -> Callable[[], None]:
     """One forward and backward pass of a part."""
     round_length = None if backend is None else rounding_of(backend)
-    row = Row.from_examples([pair], share_prefix=share_prefix, round_length=round_length).to(device)
+    row = Row.from_examples([pair], options=RowOptions(share_prefix, round_length)).to(device)
     length, attn = row.tokens.shape[1], layer.attn
     mask = None if backend is None else mask_builder(backend)(row)
 

@@ -1,29 +1,29 @@
-"""How time grows with the tokens of a row and with the examples of a data set."""
+"""How time grows with the tokens of a Row and with the examples of a data set."""
 
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
+import datasets
 import pyarrow as pa
 import torch
 
-import datasets
 from prefix_sharing.attention import mask_builder, rounding_of, tree_block_mask
 from prefix_sharing.benchmark.layers import one_pair, random_qkv, synchronize
 from prefix_sharing.benchmark.workloads import draw_lengths, make_pairs
 from prefix_sharing.datasets import PrefixPreferenceDataset, StepLoader
-from prefix_sharing.datasets.tokenized import FEATURES, tokenized_example
-from prefix_sharing.model import TreeTransformerDecoder, forward_flops
-from prefix_sharing.rows import ExampleSizes, Plan, PrefixTree, Row, TreeSize
+from prefix_sharing.datasets.table import FEATURES, tokenized_example
+from prefix_sharing.hosts.torchtune import TreeTransformerDecoder
+from prefix_sharing.planning import ByLength, ExampleSizes, Plan
+from prefix_sharing.trees import PrefixTree, Row, RowOptions, TreeSizes
 
 _EXAMPLE = (256, 128)
-"""Prompt and response of each example of a row: 512 tokens."""
+"""Prompt and response of each example of a Row: 512 tokens."""
 
 _STEPS_LOADED = 20
 _EXAMPLES_PER_STEP = 64
 _DIFFERENT_EXAMPLES = 1000
-"""A larger data set repeats them: building a row costs the same."""
+"""A larger data set repeats them: building a Row costs the same."""
 
 
 def time_rows(
@@ -33,27 +33,28 @@ def time_rows(
     autocast: torch.autocast,
     progress: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """Times masks, attention and a whole forward and backward pass at several row lengths.
+    """Times masks, attention and a whole forward and backward pass at several Row lengths.
 
     Args:
-        model (TreeTransformerDecoder): the model; checkpointed, if long rows are to fit into memory.
+        model (TreeTransformerDecoder): the model; checkpointed, if long Rows are to fit into memory.
         device (torch.device): where it is.
-        num_tokens (Sequence[int]): tokens a row, multiples of 512.
+        num_tokens (Sequence[int]): tokens per Row, multiples of 512.
         autocast (torch.autocast): the precision.
-        progress (Callable[[], None]): called once a length.
+        progress (Callable[[], None]): called after each length.
 
     Returns:
         list[dict[str, Any]]: ``tokens, chains_mask_s, block_mask_s, attention_s, step_s, attention_flops, step_flops``.
     """
     pair = one_pair(*_EXAMPLE)
-    size = TreeSize(*(np.array([n]) for n in PrefixTree.from_responses(pair).size))
-    flops_of_one = 3 * float(forward_flops(model, size)[0])
+    size = TreeSizes.of([PrefixTree.from_responses(pair).size])
+    flops_of_one = 3 * float(model.forward_flops(size)[0])
+    options = RowOptions(round_length=rounding_of(model.attention_backend))
     attn = model.layers[0].attn
 
     found = []
     for length in num_tokens:
         num_examples = length // 512
-        row = Row.from_examples([pair] * num_examples, round_length=rounding_of(model.attention_backend)).to(device)
+        row = Row.from_examples([pair] * num_examples, options=options).to(device)
         found.append(
             {
                 "tokens": length,
@@ -71,7 +72,7 @@ def _seconds_of_row(
 ) -> dict[str, float]:
     """The least of three times of masks and attention, after one that does not count, and one time of a step.
 
-    The step of a long row takes minutes, so ``warm_up`` says whether one of those goes before, too.
+    The step of a long Row takes minutes, so ``warm_up`` says whether one of those goes before, too.
     """
     new_chains = mask_builder("chains")
     mask = model.new_mask(row)
@@ -83,7 +84,7 @@ def _seconds_of_row(
 
     def block_mask() -> None:
         tree_block_mask(row.subtree_end)
-        tree_block_mask(row.subtree_end, queries=row.predictors)
+        tree_block_mask(row.subtree_end, query_index=row.predictor_index)
 
     def attention() -> None:
         mask.attend(*qkv).sum().backward()
@@ -111,18 +112,18 @@ def _seconds_of_row(
 
 
 def time_examples(num_examples: Sequence[int], pack_len: int, progress: Callable[[], None]) -> list[dict[str, Any]]:
-    """Times planning an epoch, opening a tokenized data set, and building rows.
+    """Times planning an epoch, opening a tokenized data set, and building Rows.
 
     Args:
         num_examples (Sequence[int]): examples in the data set, multiples of 1,000.
-        pack_len (int): most tokens in a row.
-        progress (Callable[[], None]): called once a number.
+        pack_len (int): most tokens in a Row.
+        progress (Callable[[], None]): called after each number.
 
     Returns:
-        list[dict[str, Any]]: ``examples, plan_s, open_s, load_s``; the last is the time of a step's rows.
+        list[dict[str, Any]]: ``examples, plan_s, open_s, load_s``; the last is the time of a step's Rows.
     """
     lengths = draw_lengths("hh", _DIFFERENT_EXAMPLES, longest=pack_len // 2)
-    rows = [
+    lines = [
         tokenized_example(
             [response.tokens.tolist() for response in pair],
             [response.scored.tolist() for response in pair],
@@ -131,18 +132,18 @@ def time_examples(num_examples: Sequence[int], pack_len: int, progress: Callable
         )
         for pair in make_pairs(lengths, vocab_size=1000)
     ]
-    table = pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema)
+    table = pa.Table.from_pylist(lines, schema=FEATURES.arrow_schema)
     found = []
     for count in num_examples:
         repeated = datasets.Dataset(pa.concat_tables([table] * (count // _DIFFERENT_EXAMPLES)))
         start = time.perf_counter()
-        dataset = PrefixPreferenceDataset(repeated, "pairs of the benchmark", packed=True)
+        dataset = PrefixPreferenceDataset(repeated, "pairs of the benchmark")
         opened = time.perf_counter()
         sizes = dataset.sizes()
         plan = Plan(
             sizes=ExampleSizes(sizes.num_tokens, sizes.num_tokens.astype(float), dataset.num_pairs),
+            packing=ByLength(pack_len),
             examples_per_step=_EXAMPLES_PER_STEP,
-            pack_len=pack_len,
             shuffle=True,
         )
         epoch = plan.epoch()

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import numpy as np
 
 from prefix_sharing.datasets import prefix_preference_dataset
-from prefix_sharing.errors import UserError
+from prefix_sharing.errors import ConfigError
 from prefix_sharing.quickstart import tokenizer
-from prefix_sharing.rows import Response
+from prefix_sharing.trees import Response
 
 
 class LengthStatistics(NamedTuple):
@@ -58,17 +58,15 @@ def draw_lengths(workload: str, num_pairs: int, seed: int = 0, longest: int = 81
         PairLengths: the prompts' lengths are lognormal, as are the responses', each with the data set's median.
 
     Raises:
-        UserError: if there is no such workload.
+        ConfigError: if there is no such workload.
     """
     if workload not in DATASETS:
         try:
             prefix, chosen, rejected = (int(length) for length in workload.split(","))
         except ValueError as error:
             known = ", ".join(DATASETS)
-            raise UserError(
-                f"Config: workloads: '{workload}' is neither one of {known} nor a file, nor of the form "
-                "PREFIX,CHOSEN,REJECTED."
-            ) from error
+            problem = f"unknown workload '{workload}'; choose from {known}, a file, or PREFIX,CHOSEN,REJECTED"
+            raise ConfigError("workloads", problem) from error
         return PairLengths(*(np.full(num_pairs, length) for length in (prefix, chosen, rejected)))
     median, ratio = DATASETS[workload]
     response = median / (1 + ratio)

@@ -3,23 +3,23 @@
 from collections.abc import Sequence
 from typing import Any
 
+import datasets
 from datasets.fingerprint import Hasher
 
-import datasets
-from prefix_sharing.datasets.tokenized import FEATURES, MERGED, dropped_example, tokenized_example
+from prefix_sharing.datasets.table import FEATURES, MERGED, dropped_example, tokenized_example
 
 
 def group_by_prompt(tokenized: datasets.Dataset, name: str) -> datasets.Dataset:
     """Merges examples that have the same prompt into the first of them.
 
-    Every pair stays a pair and counts as it did; a response that stands in several is there once.
+    Every pair stays a pair and counts as it did; a response that several pairs contain is there once.
 
     Args:
         tokenized (datasets.Dataset): a table with the columns of ``FEATURES``.
-        name (str): where the rows come from, for the progress bar.
+        name (str): where the records come from, for the progress bar.
 
     Returns:
-        datasets.Dataset: as many rows; those merged into an earlier one say so in ``dropped``.
+        datasets.Dataset: as many lines; those merged into an earlier one say so in ``dropped``.
     """
     first_of: dict[str, int] = {}
     members: dict[int, list[int]] = {}
@@ -54,10 +54,10 @@ def merge(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One example with the responses and the pairs of several.
 
     Args:
-        examples (Sequence[dict[str, Any]]): rows of the table, with the same prompt.
+        examples (Sequence[dict[str, Any]]): lines of the table, with the same prompt.
 
     Returns:
-        dict[str, Any]: a row of the table.
+        dict[str, Any]: a line of the table.
     """
     responses: dict[tuple[tuple[int, ...], tuple[bool, ...]], int] = {}
     pairs = []

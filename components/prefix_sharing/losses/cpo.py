@@ -1,22 +1,23 @@
 """Contrastive preference optimization."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
+from prefix_sharing.losses.loss import Loss, LossOutput
 from prefix_sharing.losses.pairs import (
-    LossOutput,
     average_log_probs,
     check_beta_and_label_smoothing,
     chosen_and_rejected,
     smoothed_log_sigmoid_loss,
     take_pairs,
 )
+from prefix_sharing.scoring import ResponseLogProbs
 
 
 @dataclass(frozen=True)
-class CPOLoss:
+class CPOLoss(Loss):
     r"""The loss of `Contrastive Preference Optimization <https://arxiv.org/abs/2401.08417>`_, without a reference.
 
     With :math:`h = \beta (\log\pi(y_w|x) - \log\pi(y_l|x))`:
@@ -40,33 +41,16 @@ class CPOLoss:
     cpo_alpha: float = 1.0
     label_smoothing: float = 0.0
 
-    needs_reference: ClassVar[bool] = False
-    mean_over: ClassVar[str] = "pairs"
-
     def __post_init__(self) -> None:
         check_beta_and_label_smoothing(self.beta, self.label_smoothing)
         if self.cpo_alpha < 0:
             raise ValueError(f"cpo_alpha must not be negative, but is {self.cpo_alpha}.")
 
+    @override
     def __call__(
-        self,
-        log_probs: torch.Tensor,
-        num_scored: torch.Tensor,
-        reference_log_probs: torch.Tensor | None = None,
-        pairs: torch.Tensor | None = None,
+        self, policy: ResponseLogProbs, reference: torch.Tensor | None = None, pairs: torch.Tensor | None = None
     ) -> LossOutput:
-        """Computes the loss of each pair.
-
-        Args:
-            log_probs (torch.Tensor): summed log-probs under the policy, shape ``[E, K]``.
-            num_scored (torch.Tensor): number of scored tokens, shape ``[E, K]``.
-            reference_log_probs (torch.Tensor | None): not used.
-            pairs (torch.Tensor | None): see ``take_pairs``. Default: None, each example is a pair, chosen first.
-
-        Returns:
-            LossOutput: losses and rewards, each of shape ``[P]``.
-        """
-        log_probs, num_scored = take_pairs(pairs, log_probs, num_scored)
+        log_probs, num_scored = take_pairs(pairs, policy.log_probs, policy.num_scored)
         chosen_rewards, rejected_rewards = chosen_and_rejected(self.beta * log_probs)
         losses = smoothed_log_sigmoid_loss(chosen_rewards - rejected_rewards, self.label_smoothing)
         losses = losses - self.cpo_alpha * average_log_probs(log_probs, num_scored)[:, 0]

@@ -3,19 +3,21 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from typing_extensions import override
 
+from prefix_sharing.losses.loss import Loss, LossNeeds, LossOutput
 from prefix_sharing.losses.pairs import (
-    LossOutput,
     average_log_probs,
     check_beta_and_label_smoothing,
     chosen_and_rejected,
+    require,
     smoothed_log_sigmoid_loss,
     take_pairs,
 )
+from prefix_sharing.scoring import ResponseLogProbs
 
 
 def _robust(h: torch.Tensor, eps: float) -> torch.Tensor:
@@ -51,12 +53,14 @@ _NORMALIZED = ("sigmoid_norm", "ipo")
 """What compares log-ratios per token."""
 
 LOSS_TYPES = (*_OF_DIFFERENCE, "ipo", *_OF_REWARDS)
+"""Values of ``loss_type``."""
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+"""Values of ``f_divergence``."""
 
 
 @dataclass(frozen=True)
-class DPOLoss:
+class DPOLoss(Loss):
     r"""The loss of `Direct Preference Optimization <https://arxiv.org/abs/2305.18290>`_, or one of its relatives.
 
     With the log-ratios :math:`w = \log\frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)}` of the chosen and :math:`l` of the rejected
@@ -83,7 +87,7 @@ class DPOLoss:
     ================ ======================================================================== =====================
 
     The reward of a response is :math:`\beta \log(\pi / \pi_{ref})`, per scored token where the loss is. The two that
-    sort compare distributions; as TRL sorts the pairs of a micro-batch, they sort those of a row, and so are the only
+    sort compare distributions; as TRL sorts the pairs of a micro-batch, they sort those of a Row, and so are the only
     ones that depend on packing.
 
     Args:
@@ -98,8 +102,8 @@ class DPOLoss:
         f_alpha (float): of ``alpha_divergence``; 1 is ``reverse_kl``. Default: 0.5.
         ld_alpha (float): weight, from 0 to 1, of the tokens by which a response is longer than the other of its pair,
             in all log-probs, as in `LD-DPO <https://arxiv.org/abs/2409.06411>`_; for pairs. Default: 1.0.
-        use_weighting (bool): whether each pair is weighed by the policy's confidence in its responses, as in `WPO
-            <https://arxiv.org/abs/2406.11827>`_; recipes do that, by ``weigh_by_confidence``. Default: False.
+        use_weighting (bool): whether each pair is weighed by how likely the policy itself were to give its responses,
+            eq. 2 of `WPO <https://arxiv.org/abs/2406.11827>`_. Default: False.
         rpo_alpha (float): weight of the negative log-likelihood of the chosen response, per scored token, that `RPO
             <https://arxiv.org/abs/2404.19733>`_ adds. Default: 0.0.
 
@@ -115,9 +119,6 @@ class DPOLoss:
     ld_alpha: float = 1.0
     use_weighting: bool = False
     rpo_alpha: float = 0.0
-
-    needs_reference: ClassVar[bool] = True
-    mean_over: ClassVar[str] = "pairs"
 
     def __post_init__(self) -> None:
         check_beta_and_label_smoothing(self.beta, self.label_smoothing)
@@ -136,25 +137,19 @@ class DPOLoss:
         if self.rpo_alpha < 0:
             raise ValueError(f"rpo_alpha must not be negative, but is {self.rpo_alpha}.")
 
+    @property
+    @override
+    def needs(self) -> LossNeeds:
+        """Log-probs under the reference, and what ``use_weighting`` and ``ld_alpha`` ask for."""
+        return LossNeeds(reference=True, confidence=self.use_weighting, tail_weight=self.ld_alpha)
+
+    @override
     def __call__(
-        self,
-        log_probs: torch.Tensor,
-        num_scored: torch.Tensor,
-        reference_log_probs: torch.Tensor,
-        pairs: torch.Tensor | None = None,
+        self, policy: ResponseLogProbs, reference: torch.Tensor | None = None, pairs: torch.Tensor | None = None
     ) -> LossOutput:
-        """Computes the loss of each pair.
-
-        Args:
-            log_probs (torch.Tensor): summed log-probs under the policy, shape ``[E, K]``.
-            num_scored (torch.Tensor): number of scored tokens, shape ``[E, K]``; needed by what is per token.
-            reference_log_probs (torch.Tensor): summed log-probs under the reference, shape ``[E, K]``.
-            pairs (torch.Tensor | None): see ``take_pairs``. Default: None, each example is a pair, chosen first.
-
-        Returns:
-            LossOutput: losses and rewards, each of shape ``[P]``.
-        """
-        log_probs, num_scored, reference_log_probs = take_pairs(pairs, log_probs, num_scored, reference_log_probs)
+        log_probs, num_scored, reference_log_probs = take_pairs(
+            pairs, policy.log_probs, policy.num_scored, require(reference, "log-probs under the reference", self)
+        )
         log_ratios = log_probs - reference_log_probs
         scores = self._scores(log_ratios)
         if self.loss_type in _NORMALIZED:
@@ -174,6 +169,9 @@ class DPOLoss:
             losses = _OF_REWARDS[self.loss_type](chosen, rejected, self.beta)
         if self.rpo_alpha > 0:
             losses = losses - self.rpo_alpha * average_log_probs(log_probs, num_scored)[:, 0]
+        if self.use_weighting:
+            confidence = require(policy.confidence, "the policy's confidence for use_weighting", self)
+            losses = losses * take_pairs(pairs, confidence)[0].sum(dim=1).exp()
         return LossOutput(losses, chosen.detach(), rejected.detach())
 
     def _scores(self, log_ratios: torch.Tensor) -> torch.Tensor:

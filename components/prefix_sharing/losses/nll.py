@@ -4,37 +4,25 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
-from prefix_sharing.losses.pairs import LossOutput
+from prefix_sharing.losses.loss import Loss, LossOutput, MeanOver
+from prefix_sharing.scoring import ResponseLogProbs
 
 
 @dataclass(frozen=True)
-class NLLLoss:
+class NLLLoss(Loss):
     """The loss of supervised fine-tuning, for examples of one response, such as ``format: chat`` reads.
 
     The mean over the scored tokens of a step, whichever examples they are in, as torchtune's recipes take it.
     """
 
-    needs_reference: ClassVar[bool] = False
-    mean_over: ClassVar[str] = "tokens"
+    mean_over: ClassVar[MeanOver] = "tokens"
 
+    @override
     def __call__(
-        self,
-        log_probs: torch.Tensor,
-        num_scored: torch.Tensor,
-        reference_log_probs: torch.Tensor | None = None,
-        pairs: torch.Tensor | None = None,
+        self, policy: ResponseLogProbs, reference: torch.Tensor | None = None, pairs: torch.Tensor | None = None
     ) -> LossOutput:
-        """Computes the loss of each response, the sum over its tokens.
-
-        Args:
-            log_probs (torch.Tensor): summed log-probs under the policy, shape ``[E, K]``.
-            num_scored (torch.Tensor): not used.
-            reference_log_probs (torch.Tensor | None): not used.
-            pairs (torch.Tensor | None): not used.
-
-        Returns:
-            LossOutput: losses of shape ``[E * K]``; no rewards.
-        """
-        none = log_probs.new_zeros(0)
-        return LossOutput(-log_probs.flatten(), none, none)
+        """See ``Loss``; losses of shape ``[E * K]``, the sum over each response's tokens, and no rewards."""
+        none = policy.log_probs.new_zeros(0)
+        return LossOutput(-policy.log_probs.flatten(), none, none)

@@ -2,16 +2,18 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from typing_extensions import override
 
-from prefix_sharing.losses.pairs import LossOutput, average_log_probs, chosen_and_rejected, take_pairs
+from prefix_sharing.losses.loss import Loss, LossNeeds, LossOutput
+from prefix_sharing.losses.pairs import average_log_probs, chosen_and_rejected, require, take_pairs
+from prefix_sharing.scoring import ResponseLogProbs
 
 
 @dataclass(frozen=True)
-class ORPOLoss:
+class ORPOLoss(Loss):
     r"""The loss of `ORPO: Monolithic Preference Optimization without Reference Model <https://arxiv.org/abs/2403.07691>`_.
 
     With :math:`\log p(y) = \frac{1}{|y|}\log\pi(y|x)` and :math:`odds(y) = p(y) / (1 - p(y))`:
@@ -34,41 +36,31 @@ class ORPOLoss:
     beta: float = 0.1
     nll_over_prompt: bool = False
 
-    needs_reference: ClassVar[bool] = False
-    mean_over: ClassVar[str] = "pairs"
-
     def __post_init__(self) -> None:
         if self.beta < 0:
             raise ValueError(f"beta must not be negative, but is {self.beta}.")
 
+    @property
+    @override
+    def needs(self) -> LossNeeds:
+        """The log-prob of prompt and chosen response, with ``nll_over_prompt``."""
+        return LossNeeds(whole_sequence=self.nll_over_prompt)
+
+    @override
     def __call__(
-        self,
-        log_probs: torch.Tensor,
-        num_scored: torch.Tensor,
-        reference_log_probs: torch.Tensor | None = None,
-        pairs: torch.Tensor | None = None,
+        self, policy: ResponseLogProbs, reference: torch.Tensor | None = None, pairs: torch.Tensor | None = None
     ) -> LossOutput:
-        """Computes the loss of each pair.
-
-        Args:
-            log_probs (torch.Tensor): summed log-probs under the policy, shape ``[E, K]``; with ``nll_over_prompt``,
-                the last of K is that of prompt and chosen response.
-            num_scored (torch.Tensor): number of scored tokens, shape ``[E, K]``.
-            reference_log_probs (torch.Tensor | None): not used.
-            pairs (torch.Tensor | None): see ``take_pairs``. Default: None, each example is a pair, chosen first.
-
-        Returns:
-            LossOutput: losses and rewards, each of shape ``[P]``.
-        """
-        whole = average_log_probs(log_probs, num_scored)[:, -1]
-        if pairs is not None:
-            whole = whole[pairs[:, 0] // log_probs.shape[1]]
-        elif self.nll_over_prompt:
-            log_probs, num_scored = log_probs[:, :2], num_scored[:, :2]
-        log_probs, num_scored = take_pairs(pairs, log_probs, num_scored)
+        log_probs, num_scored = take_pairs(pairs, policy.log_probs, policy.num_scored)
         chosen, rejected = chosen_and_rejected(average_log_probs(log_probs, num_scored))
         log_odds_ratio = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
-        losses = -(whole if self.nll_over_prompt else chosen) - self.beta * F.logsigmoid(log_odds_ratio)
+        nll = -chosen
+        if self.nll_over_prompt:
+            whole = require(policy.whole_log_probs, "log-probs of the whole sequence for nll_over_prompt", self)
+            counts = require(policy.whole_num_scored, "numbers of their tokens", self)
+            nll = -average_log_probs(whole, counts)
+            if pairs is not None:
+                nll = nll[pairs[:, 0] // policy.log_probs.shape[1]]
+        losses = nll - self.beta * F.logsigmoid(log_odds_ratio)
         return LossOutput(losses, self.beta * chosen.detach(), self.beta * rejected.detach())
 
 

@@ -4,17 +4,20 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
+from prefix_sharing.losses.loss import Loss, LossNeeds, LossOutput, MeanOver
 from prefix_sharing.losses.pairs import (
-    LossOutput,
     check_beta_and_label_smoothing,
     chosen_and_rejected,
+    require,
     take_pairs,
 )
+from prefix_sharing.scoring import ResponseLogProbs
 
 
 @dataclass(frozen=True)
-class PlackettLuceLoss:
+class PlackettLuceLoss(Loss):
     r"""DPO's loss of a ranking, `Direct Preference Optimization <https://arxiv.org/abs/2305.18290>`_, appendix A.3.
 
     With the rewards :math:`r_k = \beta \log\frac{\pi(y_k|x)}{\pi_{ref}(y_k|x)}` and :math:`W_k`, the responses that
@@ -26,7 +29,7 @@ class PlackettLuceLoss:
     The data set's ``pairs`` decides what that is: with ``all`` the Plackett-Luce model of the ranking, in which tied
     responses do not compete; with ``best_vs_rest`` its first factor, the best against all others at once. For K = 2 it
     is DPO. A mean over examples. Prompts that ``group_by_prompt`` merges are one example with one ranking, and a pair
-    that stands in several rows is one.
+    that several records contain is one.
 
     Args:
         beta (float): how strongly the policy is held to the reference. Default: 0.1.
@@ -37,31 +40,24 @@ class PlackettLuceLoss:
 
     beta: float = 0.1
 
-    needs_reference: ClassVar[bool] = True
-    mean_over: ClassVar[str] = "examples"
+    mean_over: ClassVar[MeanOver] = "examples"
 
     def __post_init__(self) -> None:
         check_beta_and_label_smoothing(self.beta)
 
+    @property
+    @override
+    def needs(self) -> LossNeeds:
+        """Log-probs under the reference."""
+        return LossNeeds(reference=True)
+
+    @override
     def __call__(
-        self,
-        log_probs: torch.Tensor,
-        num_scored: torch.Tensor,
-        reference_log_probs: torch.Tensor,
-        pairs: torch.Tensor,
+        self, policy: ResponseLogProbs, reference: torch.Tensor | None = None, pairs: torch.Tensor | None = None
     ) -> LossOutput:
-        """Computes the loss of each response that is better than another.
-
-        Args:
-            log_probs (torch.Tensor): summed log-probs under the policy, shape ``[E, K]``.
-            num_scored (torch.Tensor): not used.
-            reference_log_probs (torch.Tensor): summed log-probs under the reference, shape ``[E, K]``.
-            pairs (torch.Tensor): ``example * K + response`` of the better and the worse one, shape ``[P, 2]``.
-
-        Returns:
-            LossOutput: losses of shape ``[E * K]``, 0 for responses that are better than none; rewards ``[P]``.
-        """
-        rewards = self.beta * (log_probs - reference_log_probs)
+        """See ``Loss``; losses of shape ``[E * K]``, 0 for responses that are better than none."""
+        rewards = self.beta * (policy.log_probs - require(reference, "log-probs under the reference", self))
+        pairs = require(pairs, "the pairs of each ranking", self)
         chosen, rejected = chosen_and_rejected(*take_pairs(pairs, rewards))
         better, worse = pairs.unique(dim=0).T
         differences = rewards.flatten()[worse] - rewards.flatten()[better]

@@ -1,22 +1,23 @@
 """Simple preference optimization."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
+from prefix_sharing.losses.loss import Loss, LossOutput
 from prefix_sharing.losses.pairs import (
-    LossOutput,
     average_log_probs,
     check_beta_and_label_smoothing,
     chosen_and_rejected,
     smoothed_log_sigmoid_loss,
     take_pairs,
 )
+from prefix_sharing.scoring import ResponseLogProbs
 
 
 @dataclass(frozen=True)
-class SimPOLoss:
+class SimPOLoss(Loss):
     r"""The loss of `SimPO: Simple Preference Optimization with a Reference-Free Reward <https://arxiv.org/abs/2405.14734>`_.
 
     With :math:`h = \frac{1}{|y_w|}\log\pi(y_w|x) - \frac{1}{|y_l|}\log\pi(y_l|x)`:
@@ -43,9 +44,6 @@ class SimPOLoss:
     gamma_beta_ratio: float | None = None
     label_smoothing: float = 0.0
 
-    needs_reference: ClassVar[bool] = False
-    mean_over: ClassVar[str] = "pairs"
-
     def __post_init__(self) -> None:
         check_beta_and_label_smoothing(self.beta, self.label_smoothing)
         if self.gamma is not None and self.gamma_beta_ratio is not None:
@@ -58,25 +56,11 @@ class SimPOLoss:
             return self.gamma
         return self.beta * (0.25 if self.gamma_beta_ratio is None else self.gamma_beta_ratio)
 
+    @override
     def __call__(
-        self,
-        log_probs: torch.Tensor,
-        num_scored: torch.Tensor,
-        reference_log_probs: torch.Tensor | None = None,
-        pairs: torch.Tensor | None = None,
+        self, policy: ResponseLogProbs, reference: torch.Tensor | None = None, pairs: torch.Tensor | None = None
     ) -> LossOutput:
-        """Computes the loss of each pair.
-
-        Args:
-            log_probs (torch.Tensor): summed log-probs under the policy, shape ``[E, K]``.
-            num_scored (torch.Tensor): number of scored tokens, shape ``[E, K]``.
-            reference_log_probs (torch.Tensor | None): not used.
-            pairs (torch.Tensor | None): see ``take_pairs``. Default: None, each example is a pair, chosen first.
-
-        Returns:
-            LossOutput: losses and rewards, each of shape ``[P]``.
-        """
-        log_probs, num_scored = take_pairs(pairs, log_probs, num_scored)
+        log_probs, num_scored = take_pairs(pairs, policy.log_probs, policy.num_scored)
         chosen_rewards, rejected_rewards = chosen_and_rejected(self.beta * average_log_probs(log_probs, num_scored))
         logits = chosen_rewards - rejected_rewards - self.margin
         losses = smoothed_log_sigmoid_loss(logits, self.label_smoothing)

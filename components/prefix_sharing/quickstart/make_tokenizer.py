@@ -13,8 +13,9 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from prefix_sharing.quickstart.pairs import FILLER, PLACES, generate_pairs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from prefix_sharing.quickstart.pairs import FILLER, PLACES, generate_pairs
 
 VOCAB_SIZE = 2048
 PAD, START, END = "<|pad|>", "<|start|>", "<|end|>"

@@ -8,10 +8,10 @@ is no sign of its being right: every place is as often the right one as the wron
 import random
 from collections.abc import Iterator
 
-from torchtune.modules.transforms.tokenizers import ModelTokenizer
-
 import datasets
-from prefix_sharing.datasets import PrefixPreferenceDataset, preference_dataset_from_rows
+
+from prefix_sharing.datasets import PrefixPreferenceDataset, preference_dataset_from_records
+from prefix_sharing.tokenizers import ChatTokenizer
 
 PLACES = {
     "kitchen": "bread butter oven salt spoon kettle flour plate onion sugar pepper stove",
@@ -35,7 +35,7 @@ ANSWER_WORDS = (8, 16)
 
 
 def generate_pairs(num_pairs: int, seed: int) -> Iterator[dict[str, str]]:
-    """Generates rows with ``prompt``, ``chosen`` and ``rejected``.
+    """Generates records with ``prompt``, ``chosen`` and ``rejected``.
 
     Args:
         num_pairs (int): how many.
@@ -57,11 +57,11 @@ def generate_pairs(num_pairs: int, seed: int) -> Iterator[dict[str, str]]:
         }
 
 
-def preference_pairs(tokenizer: ModelTokenizer, *, num_pairs: int, seed: int = 0) -> PrefixPreferenceDataset:
+def preference_pairs(tokenizer: ChatTokenizer, *, num_pairs: int, seed: int = 0) -> PrefixPreferenceDataset:
     """Builds a data set of generated pairs, for a config.
 
     Args:
-        tokenizer (ModelTokenizer): as for ``prefix_sharing.datasets.prefix_preference_dataset``.
+        tokenizer (ChatTokenizer): one of torchtune's, or ``prefix_sharing.tokenizers.hf_chat_tokenizer``.
         num_pairs (int): how many pairs.
         seed (int): another seed gives other pairs, so a second one gives a held-out split. Default: 0.
 
@@ -70,8 +70,8 @@ def preference_pairs(tokenizer: ModelTokenizer, *, num_pairs: int, seed: int = 0
     """
     # By way of a generator, so that datasets writes them to its cache, under a fingerprint of the pairs themselves.
     pairs = list(generate_pairs(num_pairs, seed))
-    rows = datasets.Dataset.from_generator(_each, gen_kwargs={"pairs": pairs})
-    return preference_dataset_from_rows(rows, tokenizer, name=f"generated pairs (seed {seed})")
+    records = datasets.Dataset.from_generator(_each, gen_kwargs={"pairs": pairs})
+    return preference_dataset_from_records(records, tokenizer, name=f"generated pairs (seed {seed})")
 
 
 def _each(pairs: list[dict[str, str]]) -> Iterator[dict[str, str]]:

@@ -3,15 +3,15 @@ r"""Reference log-probs on disk, so that they are computed once for every run th
     python -m prefix_sharing.reference.cache          # what the cache holds
     python -m prefix_sharing.reference.cache --clear  # empties it
 
-A directory stands for a reference: its name is a fingerprint of the weights (their content, not their path), the
-model's arguments and the precision. In it lie Parquet files of example ids and log-probs. An example's id is a
-fingerprint of its tokens and of which are scored, so whatever makes other tokens (the tokenizer, its template, masks,
-truncation) makes other ids. What does not change a log-prob (beta, the loss, batch, packing, ranks, learning rate,
-order, split) changes neither.
+Each reference has a directory, whose name is a fingerprint of the weights (their content, not their path), the model's
+arguments, the precision, and the code that computes log-probs. It holds Parquet files of example ids and log-probs. An
+example's id is a fingerprint of its tokens and of which are scored, so whatever makes other tokens (the tokenizer, its
+template, masks, truncation) makes other ids. What does not change a log-prob (beta, the loss, batch, packing, ranks,
+learning rate, order, split) changes neither.
 
 Files are written whole under a name of their own and appear by one rename, so runs may fill a directory at the same
 time, and an interrupted one loses only what it had not written yet. A file's name tells the fingerprint of its content:
-one that is damaged is named, put aside, and computed again.
+one that is damaged is reported, set aside, and computed again.
 """
 
 import argparse
@@ -31,17 +31,12 @@ import pyarrow.parquet as pq
 import torch
 import xxhash
 
+from prefix_sharing.config import default_cache_dir
+
 log = logging.getLogger(__name__)
 
 _ABOUT = "about.json"
 _SCHEMA = pa.schema([("id", pa.string()), ("log_probs", pa.list_(pa.float32()))])
-
-
-def default_cache_dir() -> str:
-    """Where the cache lies unless the config says otherwise: beside that of ``datasets``."""
-    import datasets
-
-    return str(Path(datasets.config.HF_DATASETS_CACHE).parent / "prefix_sharing_reference")
 
 
 def fingerprint_reference(weights: Mapping[str, torch.Tensor], computation: Mapping[str, Any]) -> str:
@@ -118,17 +113,17 @@ class ReferenceCache:
 
 
 def _read(file: Path) -> pa.Table | None:
-    """A file's table; None if it cannot be used, which is said; one that is damaged is put aside."""
+    """A file's table; None, with a warning, if it cannot be used; one that is damaged is set aside."""
     try:
         content = file.read_bytes()
     except OSError as error:
-        log.warning("%s cannot be read (%s); the reference log-probs in it are computed again.", file, error.strerror)
+        log.warning("%s cannot be read (%s); its reference log-probs will be computed again.", file, error.strerror)
         return None
     if xxhash.xxh3_128_hexdigest(content) == file.stem:
         table = pq.read_table(pa.BufferReader(content))
         if table.schema.equals(_SCHEMA):
             return table
-    log.warning("%s is damaged; it is put aside, and the reference log-probs in it are computed again.", file)
+    log.warning("%s is damaged and was set aside; its reference log-probs will be computed again.", file)
     file.replace(file.with_suffix(".damaged"))
     return None
 
@@ -176,13 +171,13 @@ def main() -> None:
         "--clear", nargs="*", metavar="FINGERPRINT", help="remove these references, or all if none is named"
     )
     options = parser.parse_args()
-    there_are = [directory.name for directory in _references(options.cache_dir)]
+    known = [directory.name for directory in _references(options.cache_dir)]
     if options.clear is None:
-        print("\n".join(describe_cache(options.cache_dir)) if there_are else f"{options.cache_dir} holds nothing.")
+        print("\n".join(describe_cache(options.cache_dir)) if known else f"{options.cache_dir} is empty.")
         return
-    for name in options.clear or there_are:
-        if name not in there_are:
-            parser.error(f"{options.cache_dir} holds no reference {name}")
+    for name in options.clear or known:
+        if name not in known:
+            parser.error(f"no reference {name} in {options.cache_dir}")
         shutil.rmtree(Path(options.cache_dir) / name)
         print(f"Removed {name}.")
 

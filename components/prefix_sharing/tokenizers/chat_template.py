@@ -9,9 +9,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from prefix_sharing.errors import UserError
-
-Turn = dict[str, str]
-"""A ``role`` and a ``content``."""
+from prefix_sharing.tokenizers.chat_tokenizer import Turn
 
 _PLACEHOLDER = "\ue000prefix-sharing\ue001"
 """Takes the place of a turn's content to find where the template puts it: private-use characters, which no template
@@ -27,7 +25,7 @@ class ChatTemplate:
         name (str): what to call the template in messages.
 
     Raises:
-        UserError: if the template is no valid jinja.
+        UserError: if the template is not valid jinja.
     """
 
     def __init__(self, source: str, special_tokens: dict[str, str], name: str) -> None:
@@ -42,7 +40,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise UserError(f"tokenizer: the chat template of {name} is no valid jinja: {error}.") from error
+            raise UserError(f"the chat template of {name} is not valid jinja: {error}.") from error
 
     def render(self, turns: list[Turn], *, add_generation_prompt: bool = False) -> str:
         """Renders a conversation.

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Encoding, Tokenizer
 from torchtune.data import Message
 
 from prefix_sharing.errors import UserError
-from prefix_sharing.tokenizers.chat_template import ChatTemplate, Turn
-from tokenizers import Encoding, Tokenizer
+from prefix_sharing.tokenizers.chat_template import ChatTemplate
+from prefix_sharing.tokenizers.chat_tokenizer import Turn
 
 
 class HFChatTokenizer:
@@ -24,8 +25,8 @@ class HFChatTokenizer:
     belongs to the turn.
 
     Args:
-        path (str): directory with ``tokenizer.json``, ``tokenizer_config.json`` and, unless the template stands in the
-            latter, ``chat_template.jinja``.
+        path (str): directory with ``tokenizer.json``, ``tokenizer_config.json`` and, unless the latter holds
+            the template, ``chat_template.jinja``.
         max_seq_len (int | None): longest sequence ``tokenize_messages`` returns; longer ones lose their end.
             Default: None.
 
@@ -36,7 +37,7 @@ class HFChatTokenizer:
     def __init__(self, path: str, max_seq_len: int | None = None) -> None:
         directory = Path(path)
         # All special tokens come from the template. Without its post-processor the tokenizer adds none of its own, and
-        # reports where whitespace tokens stand.
+        # reports where whitespace tokens are.
         definition = json.loads(_read(directory / "tokenizer.json")) | {"post_processor": None}
         config = json.loads(_read(directory / "tokenizer_config.json"))
         self.__setstate__(
@@ -197,7 +198,7 @@ def hf_chat_tokenizer(path: str, max_seq_len: int | None = None) -> HFChatTokeni
 
 def _read(file: Path) -> str:
     if not file.is_file():
-        raise UserError(f"tokenizer: there is no {file}; path must be a directory with a Hugging Face tokenizer.")
+        raise UserError(f"{file} not found; path must be a directory with a Hugging Face tokenizer.")
     return file.read_text(encoding="utf-8")
 
 
@@ -210,8 +211,8 @@ def _find_template(directory: Path, config: dict[str, Any]) -> str:
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if template is None:
         raise UserError(
-            f"tokenizer: {directory} has no chat template, neither in chat_template.jinja nor in the config; "
-            "put one there, or use one of torchtune's tokenizers."
+            f"{directory} has no chat template, neither in chat_template.jinja nor in tokenizer_config.json; "
+            "add one, or use one of torchtune's tokenizers."
         )
     return template
 
@@ -228,6 +229,6 @@ def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 def _to_turn(message: Message) -> Turn:
     if message.contains_media:
-        raise UserError("tokenizer: hf_chat_tokenizer takes text only, but a message has an image.")
+        raise UserError("hf_chat_tokenizer takes text only, but a message has an image.")
     role = "tool" if message.role == "ipython" else message.role
     return {"role": role, "content": message.text_content}

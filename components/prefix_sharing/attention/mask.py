@@ -1,0 +1,44 @@
+"""What the backends have in common: a mask is made once per Row, and every layer attends with it."""
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from prefix_sharing.trees import Row
+
+
+class TreeMask(ABC):
+    """The mask of one Row.
+
+    Args:
+        row (Row): the Row, on the device that computes it.
+        at_predictors (bool): whether the queries are those of ``row.predictor_index`` only, as in the last layer.
+            Default: False, those of every token.
+        window (int | None): how many positions a token may see, its own included. Default: None, all.
+    """
+
+    @abstractmethod
+    def __init__(self, row: Row, *, at_predictors: bool = False, window: int | None = None) -> None: ...
+
+    @abstractmethod
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Attention of the queries to the tokens they may see; K and V are never expanded to the query heads.
+
+        Args:
+            q (torch.Tensor): queries, shape ``[1, heads, s, head_dim]``, or ``p`` in place of s.
+            k (torch.Tensor): keys, shape ``[1, kv_heads, s, head_dim]``.
+            v (torch.Tensor): values, shape ``[1, kv_heads, s, head_dim]``.
+            scale (float | None): what scores are multiplied with. Default: None, ``head_dim ** -0.5``.
+            softcap (float | None): bounds scores to ``softcap * tanh(score / softcap)``, as in Gemma 2. Default: None.
+
+        Returns:
+            torch.Tensor: the shape of ``q``; what it holds at padding means nothing, but is finite.
+        """

@@ -1,0 +1,147 @@
+"""Everything about a config that is checked before work begins."""
+
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from prefix_sharing.config.components import check_component, default_of, find_component, one_line
+from prefix_sharing.config.files import did_you_mean
+from prefix_sharing.config.schema import COMPONENTS, ReferenceConfig, TrainingConfig
+from prefix_sharing.errors import ConfigError
+
+_NOT_USED_WITH = {
+    "none": ("pack_len", "pack_rows_per_step"),
+    "step": ("batch_size", "gradient_accumulation_steps", "pack_rows_per_step"),
+    "dataset": ("batch_size", "gradient_accumulation_steps", "global_batch_size"),
+}
+"""For each ``packing`` the keys that it makes no use of."""
+
+_REQUIRED_WITH = {"step": "global_batch_size", "dataset": "pack_rows_per_step"}
+
+
+def check_config(cfg: DictConfig, config_class: type) -> DictConfig:
+    """Checks a config and fills in defaults.
+
+    Args:
+        cfg (DictConfig): as read.
+        config_class (type): a dataclass of the keys there are.
+
+    Returns:
+        DictConfig: the config with every key of ``config_class``.
+
+    Raises:
+        ConfigError: if a key is unknown, missing, not used, of the wrong type or out of range, or a component does not
+            exist or does not take an argument given to it.
+    """
+    cfg = cfg.copy()
+    _check_known("", cfg, config_class)
+    if OmegaConf.is_dict(cfg.get("reference")):
+        _check_known("reference.", cfg.reference, ReferenceConfig)
+    for key in COMPONENTS:
+        # What torchtune's parser makes of ``key=null`` on the command line.
+        if OmegaConf.is_dict(cfg.get(key)) and cfg[key].get("_component_", key) is None:
+            cfg[key] = None
+    is_training = issubclass(config_class, TrainingConfig)
+    given = {key for key, value in OmegaConf.to_container(cfg, resolve=False).items() if value is not None}
+    if is_training:
+        _resolve_packing(cfg)
+    cfg = _fill_in(cfg, config_class)
+    if is_training:
+        _check_training(cfg, given)
+    for key in COMPONENTS:
+        if cfg.get(key) is not None:
+            check_component(key, cfg[key])
+    return cfg
+
+
+def _check_known(prefix: str, cfg: DictConfig, config_class: type) -> None:
+    known = [field.name for field in fields(config_class)]
+    for key in cfg:
+        if key not in known:
+            raise ConfigError(f"{prefix}{key}", f"unknown key.{did_you_mean(str(key), known)}")
+
+
+def _fill_in(cfg: DictConfig, config_class: type) -> DictConfig:
+    """The config with defaults, its values of the right types and within their ranges."""
+    _check_choices(cfg, config_class)
+    try:
+        cfg = OmegaConf.merge(OmegaConf.structured(config_class), cfg)
+        known = [field.name for field in fields(config_class)]
+        missing = [key for key in known if OmegaConf.is_missing(cfg, key)] or sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            others = f", and so are {', '.join(missing[1:])}" if len(missing) > 1 else ""
+            raise ConfigError(missing[0], f"required, but not set{others}")
+        OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(getattr(error, "full_key", None) or "?", one_line(error)) from error
+    _check_ranges(cfg, config_class)
+    return cfg
+
+
+def _check_choices(cfg: DictConfig, config_class: type) -> None:
+    for key, hint in get_type_hints(config_class).items():
+        literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+        choices = [choice for literal in literals for choice in get_args(literal)]
+        if choices and key in cfg and not OmegaConf.is_interpolation(cfg, key):
+            value = cfg.get(key)
+            if value not in choices and not (value is None and type(None) in get_args(hint)):
+                raise ConfigError(key, f"must be {_either(choices)}, but is {value}")
+
+
+def _check_ranges(cfg: DictConfig, config_class: type) -> None:
+    for field in fields(config_class):
+        value = cfg[field.name]
+        if value is None:
+            continue
+        if "at_least" in field.metadata and not value >= field.metadata["at_least"]:
+            raise ConfigError(field.name, f"must be at least {field.metadata['at_least']}, but is {value}")
+        if "above" in field.metadata and not value > field.metadata["above"]:
+            raise ConfigError(field.name, f"must be above {field.metadata['above']}, but is {value}")
+
+
+def _resolve_packing(cfg: DictConfig) -> None:
+    """Turns torchtune's ``dataset.packed`` into ``packing``, which is a matter of the run, not of the data."""
+    node = cfg.get("dataset_val")
+    if OmegaConf.is_dict(node) and "packed" in node:
+        raise ConfigError("dataset_val.packed", "not used: held-out examples are packed as the training examples are")
+    node = cfg.get("dataset")
+    if not OmegaConf.is_dict(node) or "_component_" not in node:
+        return
+    packed = node.pop("packed", None)
+    if packed is None:
+        packed = default_of(find_component("dataset", node._component_), "packed")
+    if packed is None:
+        return
+    packing = cfg.get("packing")
+    if packing is None:
+        cfg.packing = "step" if packed else "none"
+    elif packed != (packing != "none"):
+        raise ConfigError("packing", f"is {packing}, but dataset.packed is {packed}; keep one of the two keys")
+
+
+def _check_training(cfg: DictConfig, given: set[str]) -> None:
+    """The rules that take more than one key to state."""
+    for key in _NOT_USED_WITH[cfg.packing]:
+        if key in given:
+            raise ConfigError(key, f"not used with packing: {cfg.packing}; remove it (~{key} on the command line)")
+    required = _REQUIRED_WITH.get(cfg.packing)
+    if required is not None and cfg[required] is None:
+        raise ConfigError(required, f"required with packing: {cfg.packing}")
+    if {"global_batch_size", "gradient_accumulation_steps"} <= given:
+        problem = "not used beside global_batch_size; remove one of the two (~KEY on the command line)"
+        raise ConfigError("gradient_accumulation_steps", problem)
+    if cfg.pack_len not in (None, "auto") and not (type(cfg.pack_len) is int and cfg.pack_len >= 1):
+        raise ConfigError("pack_len", f"must be auto or a number of tokens, but is {cfg.pack_len}")
+    if cfg.run_val_every_n_steps is not None and cfg.dataset_val is None:
+        raise ConfigError("run_val_every_n_steps", "not used without dataset_val; set dataset_val or remove it")
+    if cfg.ac_mode == "selective" and not cfg.enable_activation_checkpointing:
+        raise ConfigError("ac_mode", "selective needs enable_activation_checkpointing: True")
+    if cfg.enable_activation_offloading and not cfg.enable_activation_checkpointing:
+        raise ConfigError("enable_activation_offloading", "needs enable_activation_checkpointing: True")
+
+
+def _either(choices: list[Any]) -> str:
+    *others, last = map(str, choices)
+    return f"{', '.join(others)} or {last}" if others else last

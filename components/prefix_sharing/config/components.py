@@ -1,0 +1,131 @@
+"""Building the components that a config names with ``_component_``."""
+
+import contextlib
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pkgutil import resolve_name
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config
+
+from prefix_sharing.config.files import did_you_mean
+from prefix_sharing.errors import ConfigError, UserError
+
+log = logging.getLogger(__name__)
+
+
+def instantiate(key: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
+    """Builds a component of the config; what it refuses becomes a sentence that names the key.
+
+    Args:
+        key (str): the config's key, for messages.
+        node (DictConfig): its value, with ``_component_``.
+        *args (Any): positional arguments of the component.
+        **kwargs (Any): keyword arguments, which take precedence over the config's.
+
+    Returns:
+        Any: the component.
+
+    Raises:
+        ConfigError: if the component cannot be built.
+    """
+    with explained(key, node._component_):
+        return config.instantiate(node, *args, **kwargs)
+
+
+def component_name(node: DictConfig) -> str:
+    """What a component of the config is called, without its module."""
+    return node._component_.rsplit(".", 1)[-1]
+
+
+def check_component(key: str, node: Any) -> None:
+    """Checks that a component exists and takes the arguments that are given to it.
+
+    Args:
+        key (str): the config's key.
+        node (Any): its value.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    if not OmegaConf.is_dict(node) or "_component_" not in node:
+        raise ConfigError(key, "must name its component with _component_")
+    component = find_component(key, node._component_)
+    parameters = _parameters(component)
+    if parameters is None or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    names = [name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    for argument in node:
+        if argument != "_component_" and argument not in names:
+            suggestion = did_you_mean(argument, names)
+            raise ConfigError(f"{key}.{argument}", f"unknown argument of {node._component_}.{suggestion}")
+
+
+def find_component(key: str, path: str) -> Callable[..., Any]:
+    """The function or class that a config names.
+
+    Args:
+        key (str): the config's key.
+        path (str): its dotted path.
+
+    Returns:
+        Callable[..., Any]: the component.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if os.getcwd() not in sys.path:  # components in the user's own directory, as torchtune finds them
+        sys.path.append(os.getcwd())
+    try:
+        return resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(key, f"component '{path}' not found: {one_line(error)}") from error
+
+
+def default_of(component: Callable[..., Any], argument: str) -> Any:
+    """The default of a component's argument; None where it takes none such."""
+    parameter = (_parameters(component) or {}).get(argument)
+    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+
+@contextlib.contextmanager
+def explained(key: str, what: str | None = None) -> Iterator[None]:
+    """Turns what the body raises over a key's value into an error that names the key.
+
+    Args:
+        key (str): the key. An error about a key below it gets the whole path.
+        what (str | None): what refuses the value, such as the component. Default: None.
+
+    Yields:
+        None: to the body.
+
+    Raises:
+        ConfigError: for any exception of the body.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{key}.{error.key}", error.problem) from error
+    except UserError as error:
+        raise ConfigError(key, str(error)) from error
+    except Exception as error:
+        log.debug("%s", key, exc_info=True)
+        raise ConfigError(key, one_line(error) if what is None else f"{what}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line, without its full stop."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 400 else f"{text[:400]} ...").rstrip(".")
+
+
+def _parameters(component: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
+    """A component's parameters by name; None for what has no signature, such as some functions written in C."""
+    try:
+        return dict(inspect.signature(component).parameters)
+    except (TypeError, ValueError):
+        return None

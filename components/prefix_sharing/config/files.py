@@ -1,0 +1,56 @@
+"""Finding config files by name."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefix_sharing.errors import UserError
+
+
+def config_names() -> list[str]:
+    """Names of this package's configs, such as ``quickstart/single_device``."""
+    return sorted(
+        str(file.relative_to(directory).with_suffix(""))
+        for directory in _config_directories()
+        for file in directory.rglob("*.yaml")
+    )
+
+
+def find_config(name: str) -> str:
+    """The file of a config given by path or by name.
+
+    Args:
+        name (str): such as ``my_config.yaml`` or ``quickstart/single_device``.
+
+    Returns:
+        str: the path.
+
+    Raises:
+        UserError: if there is none.
+    """
+    candidates = [Path(name), *(directory / f"{name}.yaml" for directory in _config_directories())]
+    file = next((file for file in candidates if file.is_file()), None)
+    if file is None:
+        suggestion = did_you_mean(name, config_names()) or " prefix-tune ls lists the configs of this package."
+        raise UserError(f"Config '{name}' not found.{suggestion}")
+    return str(file)
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The end of a sentence about an unknown name: a known one that is like it, if there is any.
+
+    Args:
+        name (str): the unknown name.
+        known (Sequence[str]): the known ones.
+
+    Returns:
+        str: such as " Did you mean 'batch_size'?", or nothing.
+    """
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def _config_directories() -> list[Path]:
+    """Where this package's configs are: beside the code when installed, at the top of a source tree."""
+    package = Path(__file__).parents[1]
+    return [d for d in (package / "configs", package.parents[1] / "configs") if d.is_dir()]

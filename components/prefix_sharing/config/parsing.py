@@ -1,0 +1,77 @@
+"""From the command line to a checked config, and from an error to one line."""
+
+import contextlib
+import functools
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+from omegaconf import DictConfig
+from torchtune import config
+
+from prefix_sharing.config.checks import check_config
+from prefix_sharing.config.components import one_line
+from prefix_sharing.config.files import find_config
+from prefix_sharing.errors import UserError
+
+
+def parse(config_class: type) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Makes a recipe's main function read ``--config NAME_OR_PATH key=value ...`` as ``tune run`` hands them on.
+
+    Config names of this package resolve as torchtune's own do. Whatever the user can put right is printed as one
+    sentence, with exit status 1 and no traceback.
+
+    Args:
+        config_class (type): a dataclass of the keys the recipe takes, ``TrainingConfig`` or one of your own.
+
+    Returns:
+        Callable[[Callable[[DictConfig], None]], Callable[[], None]]: the decorator.
+    """
+
+    def decorate(recipe_main: Callable[[DictConfig], None]) -> Callable[[], None]:
+        @functools.wraps(recipe_main)
+        def main() -> None:
+            with _readable_errors():
+                recipe_main(check_config(_read_config(), config_class))
+
+        return main
+
+    return decorate
+
+
+def _read_config() -> DictConfig:
+    """The config named on the command line, with its overrides, by torchtune's own parser."""
+    if "--config" not in sys.argv[:-1]:
+        raise UserError("The recipe needs a config: --config NAME_OR_PATH.")
+    name_at = sys.argv.index("--config") + 1
+    sys.argv[name_at] = find_config(sys.argv[name_at])
+    read: list[DictConfig] = []
+    try:
+        config.parse(read.append)()
+    except SystemExit:  # how torchtune's parser ends, having called the function
+        if not read:
+            raise
+    except Exception as error:
+        raise UserError(f"Config '{sys.argv[name_at]}' cannot be read: {one_line(error)}.") from error
+    return read[0]
+
+
+@contextlib.contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Prints what the user can put right as one line; a distributed run prints it once."""
+    try:
+        yield
+    except Exception as error:
+        rank = int(os.environ.get("RANK", 0))
+        if rank > 0:
+            # If rank 0 fails alike, its exit ends this process before it says the same once more.
+            time.sleep(5)
+        what = str(error)
+        if not isinstance(error, UserError):
+            traceback.print_exception(error)
+            what = f"{type(error).__name__}: {one_line(error)}"
+        where = f"rank {rank}: " if "RANK" in os.environ else ""
+        print(f"Error: {where}{what}", file=sys.stderr, flush=True)
+        sys.exit(1)

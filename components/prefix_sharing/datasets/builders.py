@@ -1,0 +1,207 @@
+"""The builders that a config names: records are tokenized once, in parallel, and cached by ``datasets``."""
+
+import copy
+import functools
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pkgutil import resolve_name
+from typing import Any
+
+import datasets
+
+from prefix_sharing.config import one_line
+from prefix_sharing.datasets.dataset import PrefixPreferenceDataset
+from prefix_sharing.datasets.forms import Format, check_format, recognise_format
+from prefix_sharing.datasets.grouping import group_by_prompt as merge_by_prompt
+from prefix_sharing.datasets.ranking import PairStrategy
+from prefix_sharing.datasets.source import Source
+from prefix_sharing.datasets.table import FEATURES
+from prefix_sharing.datasets.tokenizing import (
+    MalformedRecordError,
+    MaskingStrategy,
+    PreferenceOptions,
+    TokenizeRecord,
+    Truncation,
+)
+from prefix_sharing.errors import ConfigError, UserError
+from prefix_sharing.tokenizers import ChatTokenizer
+
+log = logging.getLogger(__name__)
+
+_RECORDS_PER_PROCESS = 1000
+"""Below this, starting a process takes longer than its share of the tokenizing."""
+
+_RECORDS_TO_RECOGNISE = 8
+
+
+def prefix_preference_dataset(
+    tokenizer: ChatTokenizer,
+    *,
+    source: str,
+    split: str = "train",
+    format: Format | None = None,
+    column_map: dict[str, str] | None = None,
+    masking_strategy: MaskingStrategy | None = None,
+    train_on_input: bool = False,
+    new_system_prompt: str | None = None,
+    max_seq_len: int | None = None,
+    truncation: Truncation = "keep_start",
+    filter_fn: Callable[[dict], bool] | str | None = None,
+    pairs: PairStrategy = "best_vs_rest",
+    group_by_prompt: bool = False,
+    **load_dataset_kwargs: Any,
+) -> PrefixPreferenceDataset:
+    """Builds a preference data set from files or the hub, for a config.
+
+    The records may be in any form of ``prefix_sharing.datasets.forms``; which one is recognised from the columns and
+    the first records. They are tokenized in parallel, once: ``datasets`` caches the result under a fingerprint of the
+    records, the tokenizer, every argument here (the source of ``filter_fn`` included), and the code that tokenizes.
+
+    Records without a preference to learn are dropped, counted by reason, and the counts logged: identical responses,
+    tied scores, a response with nothing scored or no text.
+
+    Args:
+        tokenizer (ChatTokenizer): one of torchtune's, or ``prefix_sharing.tokenizers.hf_chat_tokenizer``.
+        source (str): hub name, or the kind of the local files in ``data_files`` (``json``, ``parquet``).
+        split (str): which split. Default: "train".
+        format (Format | None): ``messages``, ``text``, ``hh``, ``ranked`` or ``chat``. Default: None, recognised.
+        column_map (dict[str, str] | None): actual name of a column for each expected one that is named otherwise.
+        masking_strategy (MaskingStrategy | None): which tokens are scored: those of every assistant turn
+            (``train_on_assistant``, torchtune's convention and the default), of the last one (``train_on_last``, TRL's
+            convention), or of every turn (``train_on_all``).
+        train_on_input (bool): torchtune's older name for ``train_on_all``. Default: False.
+        new_system_prompt (str | None): system turn that replaces the records' own; never scored.
+        max_seq_len (int | None): most tokens in a response sequence. Default: None, the tokenizer's ``max_seq_len``.
+        truncation (Truncation): what happens to an example that exceeds it: ``keep_start`` cuts each response at the
+            end, ``keep_end`` cuts the same number of tokens from the start of all its responses, so that they still
+            answer the same prompt, ``drop`` drops the example. Nothing is written over a cut. Default: "keep_start".
+        filter_fn (Callable[[dict], bool] | str | None): records for which it is false are dropped, and counted. A
+            config names it by its dotted path.
+        pairs (PairStrategy): which pairs a ranked list is compared by: ``best_vs_rest``, ``adjacent``, ``all`` or
+            ``best_vs_worst``; tied responses are no pair. Each response is computed once whatever the number of its
+            pairs. Default: "best_vs_rest".
+        group_by_prompt (bool): whether records with the same prompt are merged into one tree, in which prompt and
+            repeated responses are computed once; every pair counts as it would apart. Default: False.
+        **load_dataset_kwargs (Any): ``data_files`` and whatever else ``datasets.load_dataset`` takes.
+
+    Returns:
+        PrefixPreferenceDataset: the data set.
+
+    Raises:
+        UserError: if the data cannot be loaded, an argument is wrong, a record is malformed (the message names file,
+            record and key), or no example is left.
+
+    Example:
+        .. code-block:: yaml
+
+            dataset:
+              _component_: prefix_sharing.datasets.prefix_preference_dataset
+              source: json
+              data_files: my_pairs.jsonl
+              split: train[:90%]
+    """
+    if train_on_input:
+        if masking_strategy not in (None, "train_on_all"):
+            raise ConfigError(
+                "masking_strategy", f"is {masking_strategy}, but train_on_input is true; keep one of them"
+            )
+        masking_strategy = "train_on_all"
+    options = PreferenceOptions(
+        format=format,
+        column_map=dict(column_map or {}),
+        masking_strategy=masking_strategy or "train_on_assistant",
+        new_system_prompt=new_system_prompt,
+        max_seq_len=max_seq_len,
+        truncation=truncation,
+        filter_fn=_resolve_filter(filter_fn) if isinstance(filter_fn, str) else filter_fn,
+        pairs=pairs,
+        group_by_prompt=group_by_prompt,
+    )
+    place = Source(source, split, load_dataset_kwargs)
+    records = place.load()
+    return preference_dataset_from_records(
+        records, tokenizer, options, name=place.name, describe_record=functools.partial(place.describe, records)
+    )
+
+
+def packed_preference_dataset(
+    tokenizer: ChatTokenizer, *, packed: bool = True, **kwargs: Any
+) -> PrefixPreferenceDataset:
+    """``prefix_preference_dataset`` for a config that packs: naming it sets the run's ``packing: step``.
+
+    Args:
+        tokenizer (ChatTokenizer): the tokenizer.
+        packed (bool): read by the config, as ``dataset.packed`` of any builder is. Default: True.
+        **kwargs (Any): arguments of ``prefix_preference_dataset``.
+
+    Returns:
+        PrefixPreferenceDataset: the data set.
+    """
+    return prefix_preference_dataset(tokenizer, **kwargs)
+
+
+def preference_dataset_from_records(
+    records: datasets.Dataset,
+    tokenizer: ChatTokenizer,
+    options: PreferenceOptions | None = None,
+    *,
+    name: str,
+    describe_record: Callable[[int], str] | None = None,
+) -> PrefixPreferenceDataset:
+    """Builds a preference data set from records that are loaded already.
+
+    Args:
+        records (datasets.Dataset): the records.
+        tokenizer (ChatTokenizer): one of torchtune's, or ``prefix_sharing.tokenizers.hf_chat_tokenizer``.
+        options (PreferenceOptions | None): how records become examples. Default: None, the defaults.
+        name (str): where the records come from, for messages.
+        describe_record (Callable[[int], str] | None): names a record in a message. Default: None, ``name`` and index.
+
+    Returns:
+        PrefixPreferenceDataset: the data set.
+
+    Raises:
+        UserError: if a record is malformed or no example is left.
+    """
+    options = options or PreferenceOptions()
+    columns = options.column_map
+    if options.format is None:
+        first = records.select(range(min(_RECORDS_TO_RECOGNISE, len(records)))).to_list()
+        form = recognise_format(columns, records.column_names, first)
+        log.info("%s: recognised format '%s'", name, form)
+    else:
+        form = check_format(options.format, columns, records.column_names)
+    if options.max_seq_len is None:
+        options = replace(options, max_seq_len=tokenizer.max_seq_len)
+    if tokenizer.max_seq_len is not None:
+        # torchtune's tokenizers cut by themselves, and write EOS over the last token, which would then be learned.
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.max_seq_len = None
+
+    num_processes = min(os.cpu_count() or 1, len(records) // _RECORDS_PER_PROCESS)
+    try:
+        tokenized = records.map(
+            TokenizeRecord(tokenizer, form, options),
+            with_indices=True,
+            remove_columns=records.column_names,
+            features=FEATURES,
+            num_proc=num_processes if num_processes > 1 else None,
+            desc=f"Tokenizing {name}",
+        )
+    except MalformedRecordError as error:
+        where = describe_record(error.index) if describe_record else f"{name}, record {error.index}"
+        raise UserError(f"{where}: {error.problem}.") from error
+    if options.group_by_prompt:
+        tokenized = merge_by_prompt(tokenized, name)
+    dataset = PrefixPreferenceDataset(tokenized, name)
+    log.info("%r", dataset)
+    return dataset
+
+
+def _resolve_filter(path: str) -> Callable[[dict], bool]:
+    try:
+        return resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError("filter_fn", f"'{path}' not found: {one_line(error)}") from error

@@ -1,0 +1,118 @@
+"""The preference data set: tokenized examples, memory-mapped by ``datasets``, with what is known of each."""
+
+from collections import Counter
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from torch.utils.data import Dataset
+
+from prefix_sharing.datasets.table import BEYOND_ITS_SHARE, FEATURES, MERGED
+from prefix_sharing.errors import UserError
+from prefix_sharing.trees import Response, TreeSize, TreeSizes
+
+
+class PrefixPreferenceDataset(Dataset):
+    """Tokenized examples, each with its K response sequences and the pairs they are compared by.
+
+    Args:
+        tokenized (datasets.Dataset): what tokenizing made of every record, dropped ones included; its columns are
+            ``prefix_sharing.datasets.table.FEATURES``.
+        name (str): where the records come from, for messages.
+        take (np.ndarray | None): which records to use if they are not dropped, shape ``[records]``. Default: None, all.
+
+    Attributes:
+        tokenized (datasets.Dataset): as given.
+        name (str): where the records come from.
+        num_records (int): records read.
+        dropped (dict[str, int]): records not used, by reason.
+        num_merged (int): records used as part of another example.
+        num_responses (int): K, the most that an example has.
+        num_responses_of (np.ndarray): responses of each example, shape ``[N]``.
+        longest (int): tokens in the longest response sequence.
+        largest_id (int): largest token id.
+        num_pairs (np.ndarray): pairs of each example, shape ``[N]``.
+        num_scored (np.ndarray): scored tokens of each example, over its responses, shape ``[N]``.
+        record_index (np.ndarray): index of the record that each example is made of, shape ``[N]``.
+        ids (pyarrow.Array): fingerprint of each example's tokens and of which are scored, shape ``[N]``.
+
+    Raises:
+        UserError: if there is no example.
+    """
+
+    def __init__(self, tokenized: datasets.Dataset, name: str, *, take: np.ndarray | None = None) -> None:
+        self.tokenized = tokenized
+        self.name = name
+        self.num_records = len(tokenized)
+        reasons = np.asarray(tokenized.data.column("dropped").to_pylist(), dtype=object)
+        if take is not None:
+            reasons[(reasons == "") & ~take] = BEYOND_ITS_SHARE
+        counts = Counter(reasons.tolist())
+        self.num_merged = counts.pop(MERGED, 0)
+        self.dropped = {reason: n for reason, n in sorted(counts.items()) if reason}
+        used = np.flatnonzero(reasons == "")
+        if len(used) == 0:
+            why = f" (dropped by reason: {self._describe_drops()})" if self.dropped else ""
+            raise UserError(f"{name} has no example to train on{why}.")
+        # Everything but the tokens, which stay on disk.
+        columns = tokenized.data.table.select([c for c in FEATURES if c not in ("tokens", "scored", "pairs")])
+        if len(used) < len(tokenized):
+            columns, tokenized = columns.take(used), tokenized.select(used)
+        self.record_index = used
+        self.num_responses_of = columns.column("num_responses").to_numpy()
+        self.num_responses = int(self.num_responses_of.max())
+        self.longest = pc.max(columns.column("longest")).as_py()
+        self.largest_id = pc.max(columns.column("largest_id")).as_py()
+        self.num_pairs = columns.column("num_pairs").to_numpy()
+        self.num_scored = columns.column("num_scored").to_numpy()
+        self.ids = columns.column("id").combine_chunks()
+        self._sizes = {
+            share_prefix: TreeSizes(*(columns.column(f"{layout}_{field}").to_numpy() for field in TreeSize._fields))
+            for share_prefix, layout in ((True, "tree"), (False, "paired"))
+        }
+        self._examples = tokenized.select_columns(["tokens", "scored"]).with_format("numpy")
+        self._pairs = tokenized.select_columns(["pairs"]).with_format("numpy")
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> list[Response]:
+        """The K response sequences of an example, best first unless it was merged of several."""
+        example = self._examples[index]
+        return [
+            Response(np.asarray(tokens, dtype=np.int64), np.asarray(scored, dtype=bool))
+            for tokens, scored in zip(example["tokens"], example["scored"], strict=True)
+        ]
+
+    def pairs(self, index: int) -> np.ndarray:
+        """Chosen and rejected response of each pair of an example, shape ``[pairs, 2]``."""
+        return np.asarray(self._pairs[index]["pairs"], dtype=np.int64).reshape(-1, 2)
+
+    def num_terms(self, mean_over: str) -> np.ndarray:
+        """How many ``pairs``, ``examples`` or scored ``tokens`` each example has, shape ``[N]``."""
+        return {"pairs": self.num_pairs, "examples": np.ones_like(self.num_pairs), "tokens": self.num_scored}[mean_over]
+
+    def describe(self, index: int) -> str:
+        """Where an example comes from, for messages."""
+        return f"record {self.record_index[index]} of the split of {self.name}"
+
+    def sizes(self, share_prefix: bool = True) -> TreeSizes:
+        """The size of each example's tree.
+
+        Args:
+            share_prefix (bool): False lays every response out on its own. Default: True.
+
+        Returns:
+            TreeSizes: arrays of shape ``[N]``.
+        """
+        return self._sizes[share_prefix]
+
+    def _describe_drops(self) -> str:
+        return ", ".join(f"{reason}: {n:,}" for reason, n in self.dropped.items())
+
+    def __repr__(self) -> str:
+        drops = f" ({self._describe_drops()})" if self.dropped else ""
+        used = f"{len(self) + self.num_merged:,} used"
+        if self.num_merged:
+            used += f" (merged into {len(self):,} examples)"
+        return f"{self.name}: {self.num_records:,} records = {used} + {sum(self.dropped.values()):,} dropped{drops}"

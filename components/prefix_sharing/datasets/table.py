@@ -1,0 +1,81 @@
+"""The table of tokenized examples: one for each record of the source, dropped ones included."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+
+from prefix_sharing.fingerprint import fingerprint
+from prefix_sharing.trees import PrefixTree, Response, TreeSize
+
+MERGED = "merged"
+"""In ``dropped`` where the responses of a record were merged into an earlier one's: the record is used."""
+
+BEYOND_ITS_SHARE = "beyond its share of the mixture"
+"""In ``dropped`` where a record of a data set in a mixture is not used that would be used by itself."""
+
+FEATURES = datasets.Features(
+    {
+        "tokens": datasets.Sequence(datasets.Sequence(datasets.Value("int32"))),
+        "scored": datasets.Sequence(datasets.Sequence(datasets.Value("bool"))),
+        "pairs": datasets.Sequence(datasets.Value("int32")),  # chosen, rejected, chosen, rejected, ...
+        "dropped": datasets.Value("string"),  # why, or ""
+        "id": datasets.Value("string"),  # fingerprint of tokens and scored
+        "prompt": datasets.Value("string"),  # fingerprint of the prompt, or "" if the responses have several
+        "num_responses": datasets.Value("int32"),
+        "num_pairs": datasets.Value("int32"),
+        "num_scored": datasets.Value("int32"),
+        "longest": datasets.Value("int32"),
+        "largest_id": datasets.Value("int32"),
+        **{f"{layout}_{name}": datasets.Value("int64") for layout in ("tree", "paired") for name in TreeSize._fields},
+    }
+)
+
+
+def tokenized_example(
+    tokens: list[list[int]], scored: list[list[bool]], pairs: Sequence[tuple[int, int]], prompt: str
+) -> dict[str, Any]:
+    """One line of the table.
+
+    Args:
+        tokens (list[list[int]]): token ids of each response sequence.
+        scored (list[list[bool]]): which of them are scored.
+        pairs (Sequence[tuple[int, int]]): indices of chosen and rejected response of each pair.
+        prompt (str): fingerprint of the prompt that all responses answer, or "".
+
+    Returns:
+        dict[str, Any]: a value for each of ``FEATURES``.
+    """
+    responses = [Response(np.array(t), np.array(s)) for t, s in zip(tokens, scored, strict=True)]
+    sizes = {
+        layout: PrefixTree.from_responses(responses, share_prefix=layout == "tree").size
+        for layout in ("tree", "paired")
+    }
+    return {
+        "tokens": tokens,
+        "scored": scored,
+        "pairs": [k for pair in pairs for k in pair],
+        "dropped": "",
+        "id": fingerprint([tokens, scored]),
+        "prompt": prompt,
+        "num_responses": len(tokens),
+        "num_pairs": len(pairs),
+        "num_scored": sum(sum(flags[1:]) for flags in scored),  # nothing predicts the first token
+        "longest": max(map(len, tokens)),
+        "largest_id": max(map(max, tokens)),
+        **{f"{layout}_{name}": value for layout, size in sizes.items() for name, value in size._asdict().items()},
+    }
+
+
+def dropped_example(reason: str) -> dict[str, Any]:
+    """The line of the table for a record that is not used, or is merged into another one.
+
+    Args:
+        reason (str): why.
+
+    Returns:
+        dict[str, Any]: a value for each of ``FEATURES``.
+    """
+    empty = {name: [] for name in ("tokens", "scored", "pairs")}
+    return {**dict.fromkeys(FEATURES), **empty, "dropped": reason}

@@ -1,0 +1,30 @@
+"""Running on several processes: ranks and what they share, and sharding a model with FSDP2."""
+
+from prefix_sharing.distributed.ranks import (
+    Ranks,
+    broadcast_from_rank_zero,
+    broadcast_object,
+    is_rank_zero,
+    process_group,
+    rank_zero_first,
+    sum_over_ranks,
+    this_rank,
+    wait_for_all_ranks,
+)
+from prefix_sharing.distributed.sharding import device_mesh, local_part, reshard, shard
+
+__all__ = [
+    "Ranks",
+    "broadcast_from_rank_zero",
+    "broadcast_object",
+    "device_mesh",
+    "is_rank_zero",
+    "local_part",
+    "process_group",
+    "rank_zero_first",
+    "reshard",
+    "shard",
+    "sum_over_ranks",
+    "this_rank",
+    "wait_for_all_ranks",
+]

@@ -1,0 +1,135 @@
+"""Ranks of a run: the process group, and values that all of them share.
+
+Every function works with one process, too, so that both recipes call the same code.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from prefix_sharing.errors import UserError
+
+_STEP_TIMEOUT = timedelta(minutes=10)
+"""How long ranks wait for one another in a step: one that hangs must not hold the others for hours."""
+
+_SETUP_TIMEOUT = timedelta(hours=3)
+"""How long they wait while one of them tokenizes a data set, reads weights or writes them."""
+
+_setup_group: dist.ProcessGroup | None = None
+"""The group of ``wait_for_all_ranks``. It belongs to the process as torch's default group does."""
+
+
+class Ranks(NamedTuple):
+    """Which of how many processes this one is.
+
+    Attributes:
+        rank (int): from 0.
+        world_size (int): processes.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Joins the process group that ``tune run --nproc_per_node`` started: NCCL on CUDA, gloo on CPU.
+
+    After an error the group is left as it is: the process ends, and does not wait for the others.
+
+    Args:
+        device (torch.device): where the model runs.
+
+    Yields:
+        None: to the run.
+
+    Raises:
+        UserError: if the process was not started by a distributed launcher.
+    """
+    global _setup_group
+    if not dist.is_torchelastic_launched():
+        raise UserError(
+            "prefix_dpo_distributed needs a launcher: tune run --nproc_per_node N prefix_dpo_distributed ..."
+        )
+    # The CPU's backend serves parameters that are offloaded to the CPU.
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=_STEP_TIMEOUT)
+    _setup_group = dist.new_group(backend="gloo", timeout=_SETUP_TIMEOUT)
+    yield
+    _setup_group = None
+    dist.destroy_process_group()
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the first, or the only one."""
+    return this_rank().rank == 0
+
+
+def this_rank() -> Ranks:
+    """This process's rank, and how many there are; ``(0, 1)`` without a process group."""
+    return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on every rank.
+
+    Args:
+        value (Any): anything small that can be pickled.
+
+    Returns:
+        Any: the value that rank 0 passed.
+    """
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def broadcast_from_rank_zero(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's values, on every rank.
+
+    Args:
+        tensor (torch.Tensor): one of the same shape on each rank, on the model's device; overwritten.
+
+    Returns:
+        torch.Tensor: the tensor.
+    """
+    if dist.is_initialized():
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def wait_for_all_ranks() -> None:
+    """Waits until every rank has come here, for as long as set-up may take."""
+    if dist.is_initialized():
+        dist.barrier(group=_setup_group)
+
+
+@contextlib.contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """One process of each machine runs the body before the others, which then find its work in a cache."""
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not is_first:
+        wait_for_all_ranks()
+    yield
+    if is_first:
+        wait_for_all_ranks()
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums a tensor over all ranks.
+
+    Args:
+        tensor (torch.Tensor): one of the same shape on each rank, on the CPU or the model's device; overwritten.
+
+    Returns:
+        torch.Tensor: the sum; with one process the tensor itself.
+    """
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor

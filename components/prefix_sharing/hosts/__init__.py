@@ -1,0 +1,19 @@
+"""Hosts: libraries whose models are trained here. Nothing outside this room imports a model library.
+
+A host turns a model into a ``TreeModel``, which takes a Row and returns the log-probs of its responses, and reads and
+writes its weights.
+"""
+
+from prefix_sharing.hosts.layers import checkpoint_activations, compile_layers
+from prefix_sharing.hosts.torchtune import load_checkpoint, load_trained_checkpoint, save_checkpoint, to_tree_model
+from prefix_sharing.hosts.tree_model import TreeModel
+
+__all__ = [
+    "TreeModel",
+    "checkpoint_activations",
+    "compile_layers",
+    "load_checkpoint",
+    "load_trained_checkpoint",
+    "save_checkpoint",
+    "to_tree_model",
+]

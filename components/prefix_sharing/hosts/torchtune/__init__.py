@@ -1,0 +1,18 @@
+"""torchtune's models: tree attention, adapters, quantized weights, and torchtune's checkpointers.
+
+Everything that touches a private name of torchtune's models or checkpoints is in this room.
+"""
+
+from prefix_sharing.hosts.torchtune.generation import AnswerModel
+from prefix_sharing.hosts.torchtune.model import TreeTransformerDecoder, TreeTransformerLayer, to_tree_model
+from prefix_sharing.hosts.torchtune.weights import load_checkpoint, load_trained_checkpoint, save_checkpoint
+
+__all__ = [
+    "AnswerModel",
+    "TreeTransformerDecoder",
+    "TreeTransformerLayer",
+    "load_checkpoint",
+    "load_trained_checkpoint",
+    "save_checkpoint",
+    "to_tree_model",
+]

@@ -1,0 +1,228 @@
+"""Reading and writing weights with torchtune's checkpointers, into and out of models that may be sharded."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchtune import training
+
+from prefix_sharing.checkpoint import Checkpoint, TrainingState, full_weights, set_full_weights, training_state
+from prefix_sharing.config import explained, instantiate
+from prefix_sharing.distributed import broadcast_object, is_rank_zero, wait_for_all_ranks
+from prefix_sharing.errors import ConfigError, UserError
+from prefix_sharing.hosts.torchtune.adapters import (
+    adapter_to_save,
+    correct_peft_file,
+    has_adapter,
+    initial_adapter,
+    is_adapter_key,
+    merged,
+)
+from prefix_sharing.hosts.torchtune.quantization import load_quantized
+
+log = logging.getLogger(__name__)
+
+_LR_SCHEDULER_KEY = "lr_scheduler"
+
+_PEFT_FILE = "adapter_model.safetensors"
+
+
+def load_checkpoint(
+    key: str, node: DictConfig, *, resume: bool = False, adapter: str | None = None
+) -> tuple[Any, Checkpoint]:
+    """Builds a checkpointer and reads its checkpoint, both on rank 0 only.
+
+    Args:
+        key (str): the config's key, for messages.
+        node (DictConfig): its value.
+        resume (bool): whether to read the last epoch saved in its ``output_dir``, with the training state.
+            Default: False.
+        adapter (str | None): path of a trained adapter in torchtune's format, to begin with unless the run resumes.
+            Default: None.
+
+    Returns:
+        tuple[Any, Checkpoint]: the checkpointer and what it read; on other ranks None and a checkpoint without tensors.
+
+    Raises:
+        UserError: if there is no such checkpoint.
+    """
+    checkpointer, checkpoint = None, Checkpoint()
+    if is_rank_zero():
+        overrides = _weights_of_last_epoch(Path(node.output_dir)) if resume else {}
+        checkpointer = instantiate(key, node, should_load_recipe_state=resume, **overrides)
+        with explained(key, node._component_):
+            read = checkpointer.load_checkpoint()
+        if adapter is not None and not resume:
+            with explained("adapter_checkpoint"):
+                read[training.ADAPTER_KEY] = torch.load(adapter, map_location="cpu", weights_only=True)
+        state = None
+        if resume:
+            state = TrainingState(
+                epochs_run=read[training.EPOCHS_KEY],
+                seed=read[training.SEED_KEY],
+                optimizer=read[training.OPT_KEY],
+                lr_scheduler=read[_LR_SCHEDULER_KEY],
+            )
+        checkpoint = Checkpoint(read[training.MODEL_KEY], read.get(training.ADAPTER_KEY, {}), state)
+    wait_for_all_ranks()
+    state = checkpoint.state
+    known = broadcast_object(None if state is None else (state.epochs_run, state.seed, state.lr_scheduler))
+    if known is not None and not is_rank_zero():
+        epochs_run, seed, lr_scheduler = known
+        checkpoint = Checkpoint(state=TrainingState(epochs_run, seed, {}, lr_scheduler))
+    return checkpointer, checkpoint
+
+
+def load_trained_checkpoint(key: str, node: DictConfig, epoch: int) -> Checkpoint:
+    """Reads what a run wrote to its ``output_dir``.
+
+    Args:
+        key (str): the config's key, for messages.
+        node (DictConfig): its value.
+        epoch (int): after which epoch, from 0.
+
+    Returns:
+        Checkpoint: as for ``load_checkpoint``.
+
+    Raises:
+        UserError: if there is nothing.
+    """
+    epoch_dir = Path(node.output_dir) / f"epoch_{epoch}"
+    if not epoch_dir.is_dir():
+        raise ConfigError(f"{key}.output_dir", f"{epoch_dir} not found; train with this config first")
+    adapter = epoch_dir / "adapter_model.pt"
+    if adapter.exists():
+        return load_checkpoint(key, node, adapter=str(adapter))[1]
+    node = node.copy()
+    node.checkpoint_files = [str(file.resolve()) for file in _weight_files(epoch_dir)]
+    return load_checkpoint(key, node)[1]
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, seed: int) -> None:
+    """See ``TreeModel.load_weights``; into torchtune's own model as well.
+
+    Args:
+        model (nn.Module): the model.
+        checkpoint (Checkpoint): the checkpoint.
+        seed (int): decides the adapter, if the model has one and the checkpoint none.
+
+    Raises:
+        ConfigError: if a tensor is missing, left over, or of another shape.
+    """
+    state_dict = checkpoint.weights | checkpoint.adapter
+    if is_rank_zero():
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        if not checkpoint.adapter:
+            shapes = {name: shape for name, shape in expected.items() if is_adapter_key(name)}
+            state_dict |= initial_adapter(shapes, state_dict, seed)
+        given = {name: tensor.shape for name, tensor in state_dict.items()}
+        for name in [*expected, *given]:
+            if expected.get(name) != given.get(name):
+                problem = (
+                    f"the checkpoint does not fit the model: {name} is {_shape(given.get(name))} in the checkpoint, "
+                    f"but {_shape(expected.get(name))} in the model; check model and checkpointer"
+                )
+                raise ConfigError("checkpointer", problem)
+    # What is quantized cannot be sharded by torch.distributed.checkpoint.
+    strict = not (dist.is_initialized() and load_quantized(model, state_dict))
+    set_full_weights(model, state_dict, strict=strict)
+
+
+def save_checkpoint(
+    checkpointer: Any,
+    model: nn.Module,
+    optimizer: Optimizer,
+    lr_scheduler: LRScheduler | None,
+    *,
+    epoch: int,
+    seed: int,
+    cfg: DictConfig,
+) -> None:
+    """Writes the weights in the checkpointer's format and, unless training is done, what it takes to continue.
+
+    Of a model with an adapter, the adapter alone, in torchtune's format and in PEFT's, and with
+    ``save_adapter_weights_only: False`` also the model it makes of the base; PEFT's files are in ``adapter`` then.
+
+    Args:
+        checkpointer (Any): one of torchtune's.
+        model (nn.Module): the model, sharded or not.
+        optimizer (Optimizer): its optimizer.
+        lr_scheduler (LRScheduler | None): its schedule.
+        epoch (int): the epoch that is finished, from 0.
+        seed (int): the run's seed.
+        cfg (DictConfig): the run's config.
+    """
+    is_last = epoch + 1 == cfg.epochs
+    adapter_only = has_adapter(model) and cfg.save_adapter_weights_only
+    # The frozen base need not be gathered where the adapter alone is saved.
+    weights = full_weights(model, trainable_only=adapter_only)
+    adapter: dict[str, torch.Tensor] = {}
+    content: dict[str, Any] = {}
+    if has_adapter(model) and is_rank_zero():
+        adapter, adapter_config = adapter_to_save(model, weights)
+        content |= {training.ADAPTER_KEY: adapter, training.ADAPTER_CONFIG: adapter_config}
+        if not adapter_only:
+            weights = merged(model, weights)
+    if not adapter_only:
+        content[training.MODEL_KEY] = weights
+    if not is_last:
+        state = training_state(model, optimizer, lr_scheduler, epochs_run=epoch + 1, seed=seed)
+        content |= {
+            training.OPT_KEY: state.optimizer,
+            _LR_SCHEDULER_KEY: state.lr_scheduler,
+            training.EPOCHS_KEY: state.epochs_run,
+            training.SEED_KEY: state.seed,
+        }
+    if is_rank_zero():
+        checkpointer.save_checkpoint(
+            content, epoch=epoch, intermediate_checkpoint=not is_last, adapter_only=adapter_only
+        )
+        epoch_dir = Path(cfg.checkpointer.output_dir) / f"epoch_{epoch}"
+        if has_adapter(model) and (epoch_dir / _PEFT_FILE).exists():
+            correct_peft_file(epoch_dir / _PEFT_FILE, adapter, model)
+        if has_adapter(model) and not adapter_only:
+            _put_adapter_apart(epoch_dir)
+        log.info("Checkpoint saved to %s", epoch_dir)
+    wait_for_all_ranks()
+
+
+def _put_adapter_apart(epoch_dir: Path) -> None:
+    """Moves PEFT's files: beside a whole model, transformers would apply the adapter once more."""
+    (epoch_dir / "adapter").mkdir(exist_ok=True)
+    for file in epoch_dir.glob("adapter_*"):
+        if file.suffix != ".pt":
+            file.replace(epoch_dir / "adapter" / file.name)
+
+
+def _weights_of_last_epoch(output_dir: Path) -> dict[str, Any]:
+    """Which weights belong to the training state in ``output_dir``, for a checkpointer, relative to the directory."""
+    state_file = output_dir / "recipe_state" / "recipe_state.pt"
+    if not state_file.is_file():
+        problem = f"{state_file} not found; training state is saved after every epoch but the last"
+        raise ConfigError("resume_from_checkpoint", problem)
+    epochs_done = torch.load(state_file, map_location="cpu", weights_only=True, mmap=True)[training.EPOCHS_KEY]
+    epoch_dir = output_dir / f"epoch_{epochs_done - 1}"
+    adapter = epoch_dir / "adapter_model.pt"
+    if adapter.exists():  # over the base model that the config names
+        log.info("Resuming after epoch %d from %s", epochs_done, adapter)
+        return {"adapter_checkpoint": str(adapter.relative_to(output_dir))}
+    files = _weight_files(epoch_dir)
+    log.info("Resuming after epoch %d from %s", epochs_done, epoch_dir)
+    return {"checkpoint_files": [str(file.relative_to(output_dir)) for file in files]}
+
+
+def _weight_files(epoch_dir: Path) -> list[Path]:
+    files = [file for file in sorted(epoch_dir.glob("*model*")) if file.suffix in (".safetensors", ".bin")]
+    if not files:
+        raise UserError(f"No weights found in {epoch_dir}.")
+    return files
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else "x".join(map(str, shape))

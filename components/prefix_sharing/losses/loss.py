@@ -1,0 +1,95 @@
+"""What every loss is: a function of the policy's log-probs, which says what it needs computed."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+
+from prefix_sharing.scoring import ResponseLogProbs
+
+MeanOver = Literal["pairs", "examples", "tokens"]
+
+
+class LossOutput(NamedTuple):
+    """The loss, not reduced, with the implicit rewards of the two responses of each pair.
+
+    Attributes:
+        losses (torch.Tensor): its sum is to be divided by the number of ``mean_over`` of the loss, so shape ``[P]``
+            for a loss that is a mean over pairs.
+        chosen_rewards (torch.Tensor): detached, shape ``[P]``.
+        rejected_rewards (torch.Tensor): detached, shape ``[P]``.
+    """
+
+    losses: torch.Tensor
+    chosen_rewards: torch.Tensor
+    rejected_rewards: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LossNeeds:
+    """What a loss needs beside the policy's log-probs; recipes compute what is asked for here and nothing else.
+
+    Attributes:
+        reference (bool): log-probs under the reference. Default: False.
+        confidence (bool): ``ResponseLogProbs.confidence``. Default: False.
+        tail_weight (float): weight, in all log-probs, of the tokens by which a response is longer than the other of its
+            pair. Default: 1.0.
+        whole_sequence (bool): ``ResponseLogProbs.whole_log_probs``. Default: False.
+    """
+
+    reference: bool = False
+    confidence: bool = False
+    tail_weight: float = 1.0
+    whole_sequence: bool = False
+
+    @property
+    def pairs_only(self) -> bool:
+        """Whether examples of more than two responses make no sense."""
+        return self.tail_weight != 1.0 or self.whole_sequence
+
+
+class Loss(ABC):
+    """A loss over preferences; subclass it to write yours.
+
+    Attributes:
+        mean_over (MeanOver): the loss of a step is the sum of ``LossOutput.losses`` over the number of the step's
+            ``pairs``, ``examples`` or scored ``tokens``. Default: "pairs".
+
+    Example:
+        >>> class MarginLoss(Loss):
+        ...     @property
+        ...     def needs(self):
+        ...         return LossNeeds(reference=True)
+        ...
+        ...     def __call__(self, policy, reference=None, pairs=None):
+        ...         chosen, rejected = chosen_and_rejected(*take_pairs(pairs, policy.log_probs - reference))
+        ...         return LossOutput(rejected - chosen, chosen.detach(), rejected.detach())
+    """
+
+    mean_over: ClassVar[MeanOver] = "pairs"
+
+    @property
+    def needs(self) -> LossNeeds:
+        """What is to be computed for the loss. Default: the policy's log-probs alone."""
+        return LossNeeds()
+
+    @abstractmethod
+    def __call__(
+        self, policy: ResponseLogProbs, reference: torch.Tensor | None = None, pairs: torch.Tensor | None = None
+    ) -> LossOutput:
+        """Computes the loss.
+
+        Args:
+            policy (ResponseLogProbs): what the policy makes of a Row, values of shape ``[E, K]``.
+            reference (torch.Tensor | None): summed log-probs under the reference, shape ``[E, K]``. Default: None, for
+                losses that need none.
+            pairs (torch.Tensor | None): ``example * K + response`` of the chosen and the rejected response of each
+                pair, shape ``[P, 2]``. Default: None, each example is a pair, chosen first.
+
+        Returns:
+            LossOutput: losses of the pairs, ``[P]``, or of whatever the loss is a mean over; rewards ``[P]``.
+
+        Raises:
+            ValueError: if something that the loss needs is missing.
+        """

@@ -1,0 +1,216 @@
+"""The data of a run from its config: data sets, the loader of Rows, and the plan of steps, Rows and ranks."""
+
+import logging
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from prefix_sharing.attention import rounding_of
+from prefix_sharing.config import instantiate
+from prefix_sharing.datasets import PrefixPreferenceDataset, StepLoader
+from prefix_sharing.distributed import Ranks, is_rank_zero, rank_zero_first
+from prefix_sharing.errors import ConfigError
+from prefix_sharing.hosts import TreeModel
+from prefix_sharing.losses import Loss
+from prefix_sharing.planning import ByLength, ExampleSizes, Fixed, Packing, Plan, WholeDataset, report_plan
+from prefix_sharing.trees import RowOptions, bucket_length
+
+log = logging.getLogger(__name__)
+
+_STEPS_TO_REPORT = 64
+"""Steps whose Rows the log describes: rank 0 plans them while the others wait."""
+
+
+def build_dataset(
+    key: str, cfg: DictConfig, tokenizer: Any, model: TreeModel, loss: Loss
+) -> PrefixPreferenceDataset | None:
+    """Builds a data set, tokenized on one process of each machine, and checks that model and loss can take it.
+
+    Args:
+        key (str): ``dataset`` or ``dataset_val``.
+        cfg (DictConfig): the run's config.
+        tokenizer (Any): the tokenizer.
+        model (TreeModel): the model.
+        loss (Loss): the loss.
+
+    Returns:
+        PrefixPreferenceDataset | None: None where the config has none.
+
+    Raises:
+        ConfigError: if it cannot be built or does not fit.
+    """
+    if cfg[key] is None:
+        return None
+    with rank_zero_first():
+        dataset = instantiate(key, cfg[key], tokenizer)
+    if not isinstance(dataset, PrefixPreferenceDataset):
+        problem = f"{cfg[key]._component_} makes a {type(dataset).__name__}; use "
+        raise ConfigError(key, f"{problem}prefix_sharing.datasets.prefix_preference_dataset")
+    if dataset.largest_id >= model.vocab_size:
+        problem = (
+            f"the tokenizer makes token ids up to {dataset.largest_id}, but the model's vocabulary has "
+            f"{model.vocab_size}; tokenizer and model do not belong together"
+        )
+        raise ConfigError(key, problem)
+    if dataset.longest > model.max_seq_len:
+        problem = f"the longest response sequence has {dataset.longest} tokens, but the model takes {model.max_seq_len}"
+        raise ConfigError(f"{key}.max_seq_len", f"{problem}; set it to that or less")
+    name = type(loss).__name__
+    if loss.needs.pairs_only and dataset.num_responses > 2:
+        problem = f"{name} as configured is for pairs, but there are examples of {dataset.num_responses} responses"
+        raise ConfigError(key, problem)
+    if loss.mean_over == "tokens" and dataset.num_pairs.max() > 0:
+        problem = f"{name} is for examples of one response; {key}.column_map: {{messages: chosen}} trains on the chosen"
+        raise ConfigError(key, f"{problem} ones")
+    if loss.mean_over != "tokens" and dataset.num_pairs.min() == 0:
+        problem = (
+            f"{name} compares pairs, but {int((dataset.num_pairs == 0).sum()):,} of {len(dataset):,} examples have one "
+            "response only; leave them out with filter_fn"
+        )
+        raise ConfigError(key, problem)
+    return dataset
+
+
+def build_loader(cfg: DictConfig, model: TreeModel, loss: Loss, device: torch.device) -> StepLoader:
+    """What builds the Rows of the run: in few lengths where attention is compiled for each, with what the loss needs.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        model (TreeModel): the model.
+        loss (Loss): the loss.
+        device (torch.device): where it runs.
+
+    Returns:
+        StepLoader: for any data set and plan.
+    """
+    options = RowOptions(
+        share_prefix=cfg.share_prefix,
+        round_length=rounding_of(model.attention_backend),
+        tail_weight=loss.needs.tail_weight,
+        whole_sequence=loss.needs.whole_sequence,
+        confidence=loss.needs.confidence,
+    )
+    return StepLoader(device, options, num_workers=cfg.num_workers)
+
+
+def build_plan(
+    cfg: DictConfig, dataset: PrefixPreferenceDataset, model: TreeModel, loss: Loss, *, seed: int, ranks: Ranks
+) -> Plan:
+    """The plan of the run: which examples each step takes, and which of them share a Row.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        dataset (PrefixPreferenceDataset): the training data set.
+        model (TreeModel): the model, for what its examples cost.
+        loss (Loss): the loss, for what it is the mean over.
+        seed (int): the run's seed.
+        ranks (Ranks): this rank, and how many there are.
+
+    Returns:
+        Plan: for this rank.
+
+    Raises:
+        ConfigError: if an example does not fit into a Row, or there is no complete step.
+    """
+    packing = _packing(cfg, dataset, "dataset")
+    plan = Plan(
+        sizes=_example_sizes(cfg, dataset, model, loss.mean_over),
+        packing=packing,
+        examples_per_step=None if isinstance(packing, WholeDataset) else _examples_per_step(cfg, ranks.world_size),
+        seed=seed,
+        shuffle=cfg.shuffle,
+        drop_last=cfg.drop_last,
+        max_steps=cfg.max_steps_per_epoch,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    if plan.steps_per_epoch == 0:
+        raise ConfigError("drop_last", f"leaves no step: the {len(dataset):,} examples are fewer than one step takes")
+    log.info("%s steps per epoch, %s per step", f"{plan.steps_per_epoch:,}", describe_step(plan))
+    return plan
+
+
+def describe_step(plan: Plan) -> str:
+    """What a step takes, such as ``32 examples``."""
+    if isinstance(plan.packing, WholeDataset):
+        return f"{plan.packing.rows_per_step:,} Rows"
+    return f"{plan.examples_per_step or len(plan.all_examples):,} examples"
+
+
+def build_val_plan(
+    cfg: DictConfig, dataset: PrefixPreferenceDataset | None, model: TreeModel, *, ranks: Ranks
+) -> Plan | None:
+    """The plan of an evaluation, whose Rows are packed as those of the training data set are.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        dataset (PrefixPreferenceDataset | None): the held-out data set.
+        model (TreeModel): the model, for what its examples cost.
+        ranks (Ranks): this rank, and how many there are.
+
+    Returns:
+        Plan | None: for this rank; None where there is no data set.
+
+    Raises:
+        ConfigError: if an example does not fit into a Row.
+    """
+    if dataset is None:
+        return None
+    return Plan(
+        sizes=_example_sizes(cfg, dataset, model),
+        packing=_packing(cfg, dataset, "dataset_val"),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    ).of_pass()
+
+
+def log_plan(plan: Plan, dataset: PrefixPreferenceDataset, load: StepLoader) -> None:
+    """Logs how full Rows are, how even ranks, how many shapes attention sees, and what sharing saves.
+
+    Args:
+        plan (Plan): the plan of the run.
+        dataset (PrefixPreferenceDataset): its data set.
+        load (StepLoader): what builds its Rows.
+    """
+    if is_rank_zero():
+        saved = 1 - plan.sizes.num_tokens.sum() / dataset.sizes(share_prefix=False).num_tokens.sum()
+        report = report_plan(plan, load.options.round_length, max_steps=_STEPS_TO_REPORT)
+        log.info("%s, %.1f %% of tokens saved by sharing", report, 100 * saved)
+
+
+def _example_sizes(
+    cfg: DictConfig, dataset: PrefixPreferenceDataset, model: TreeModel, mean_over: str = "pairs"
+) -> ExampleSizes:
+    sizes = dataset.sizes(cfg.share_prefix)
+    return ExampleSizes(sizes.num_tokens, model.forward_flops(sizes), dataset.num_terms(mean_over))
+
+
+def _examples_per_step(cfg: DictConfig, world_size: int) -> int:
+    if cfg.global_batch_size is not None:
+        return cfg.global_batch_size
+    return (cfg.batch_size or 1) * (cfg.gradient_accumulation_steps or 1) * world_size
+
+
+def _packing(cfg: DictConfig, dataset: PrefixPreferenceDataset, key: str) -> Packing:
+    if cfg.packing == "none":
+        return Fixed(cfg.batch_size or 1)
+    pack_len = _pack_len(cfg, dataset, key)
+    return ByLength(pack_len) if cfg.packing == "step" else WholeDataset(pack_len, cfg.pack_rows_per_step)
+
+
+def _pack_len(cfg: DictConfig, dataset: PrefixPreferenceDataset, key: str) -> int:
+    """Most tokens in a Row; an example that is longer is an error now, not at the step that would take it."""
+    num_tokens = dataset.sizes(cfg.share_prefix).num_tokens
+    longest = int(num_tokens.argmax())
+    if cfg.pack_len in (None, "auto"):
+        pack_len = bucket_length(int(num_tokens[longest]))
+        log.info("%s: pack_len is %s, the longest example rounded up", dataset.name, f"{pack_len:,}")
+        return pack_len
+    if num_tokens[longest] > cfg.pack_len:
+        problem = (
+            f"{dataset.describe(longest)} makes {num_tokens[longest]:,} tokens, more than {cfg.pack_len:,}; raise it "
+            f"(auto fits the longest), lower {key}.max_seq_len, or leave out group_by_prompt"
+        )
+        raise ConfigError("pack_len", problem)
+    return cfg.pack_len

@@ -1,0 +1,69 @@
+"""The policy on held-out examples: metrics, and the log-probs of each response."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from prefix_sharing.datasets import PrefixPreferenceDataset, StepLoader
+from prefix_sharing.distributed import is_rank_zero, sum_over_ranks
+from prefix_sharing.losses import LossOutput
+from prefix_sharing.planning import Plan
+from prefix_sharing.run.metrics import StepMetrics
+from prefix_sharing.scoring import ResponseLogProbs
+from prefix_sharing.trees import Row
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found, the same on every rank.
+
+    Attributes:
+        metrics (dict[str, float]): the metrics of ``StepMetrics`` under ``eval/``.
+        log_probs (torch.Tensor): summed log-probs of each example's responses, on the CPU, fp64, shape ``[N, K]``.
+        num_scored (torch.Tensor): number of scored tokens, likewise; 0 where an example has fewer than K responses.
+    """
+
+    metrics: dict[str, float]
+    log_probs: torch.Tensor
+    num_scored: torch.Tensor
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable[[Row], ResponseLogProbs],
+    dataset: PrefixPreferenceDataset,
+    plan: Plan,
+    load: StepLoader,
+    loss_of: Callable[[Row, ResponseLogProbs], LossOutput],
+    mean_over: str,
+) -> Evaluation:
+    """Evaluates the model as it is now on every example, over all ranks.
+
+    Args:
+        forward (Callable[[Row], ResponseLogProbs]): the model's forward pass.
+        dataset (PrefixPreferenceDataset): the held-out data set.
+        plan (Plan): of a pass over it.
+        load (StepLoader): builds the Rows.
+        loss_of (Callable[[Row, ResponseLogProbs], LossOutput]): the loss of a Row, given the model's output.
+        mean_over (str): what that loss is the mean over.
+
+    Returns:
+        Evaluation: metrics, and values of each response.
+    """
+    metrics = StepMetrics(load.device, mean_over)
+    found = torch.zeros(2, len(dataset), dataset.num_responses, dtype=torch.float64, device=load.device)
+    steps = plan.epoch()
+    progress = tqdm(
+        load(dataset, steps), total=len(steps), desc="Evaluating", unit="step", leave=False, disable=not is_rank_zero()
+    )
+    for step in progress:
+        for row in step.rows:
+            row = row.to(load.device)
+            output = forward(row)
+            metrics.add(row, output, loss_of(row, output))
+            values = torch.stack([output.log_probs.to(found.dtype), output.num_scored.to(found.dtype)])
+            found[:, row.example_index] = values
+    log_probs, num_scored = sum_over_ranks(found).cpu()
+    named = {f"eval/{name}": value for name, value in metrics.compute().items()}
+    return Evaluation(named, log_probs, num_scored.long())

@@ -1,0 +1,109 @@
+"""Every private name of torch that this package uses, in one place to look at when a new torch comes out.
+
+============================= =========================================================================================
+name                          what for
+============================= =========================================================================================
+``checkpoint_wrapper``        layers that compute their activations again: torchtune and torchtitan use the same wrapper
+``attention_operators``       what ``ac_mode: selective`` keeps: there is no public list of attention kernels
+``raise_recompile_limits``    how many shapes of compiled attention dynamo keeps
+``FakeTensorMode``            tensors without values, on which the memory estimate takes a step
+``MemTracker``                what holds memory while it does, and ``FSDPMemTracker`` with FSDP2
+``FakeStore``                 a process group of ranks that do not exist
+``TorchDispatchMode``         sees every operator: the benchmark counts matrix products
+``local_dtensor``             a sharded tensor around a local one that ``DTensor.from_local`` cannot take
+============================= =========================================================================================
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+__all__ = [
+    "CHECKPOINT_PREFIX",
+    "CPU_ATTENTION",
+    "CPU_ATTENTION_BACKWARD",
+    "FSDPMemTracker",
+    "FakeStore",
+    "FakeTensorMode",
+    "MemTracker",
+    "TorchDispatchMode",
+    "apply_activation_checkpointing",
+    "attention_operators",
+    "checkpoint_wrapper",
+    "local_dtensor",
+    "raise_recompile_limits",
+    "unset_fake_temporarily",
+]
+
+CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
+"""What ``checkpoint_wrapper`` puts into the names of parameters, though not of state dicts."""
+
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def attention_operators() -> list[Any]:
+    """The operators of attention on any device."""
+    return [
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        CPU_ATTENTION,
+        torch.ops.torch_attn._varlen_attn.default,
+        torch._higher_order_ops.flex_attention,
+        torch._higher_order_ops.inductor_compiled_code,  # FlexAttention, compiled
+    ]
+
+
+def raise_recompile_limits(limit: int, accumulated: int) -> None:
+    """Lets dynamo keep at least so many graphs of a function before it falls back to running it uncompiled.
+
+    Args:
+        limit (int): graphs of one code object.
+        accumulated (int): graphs of all of them.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, limit)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, accumulated)
+
+
+def local_dtensor(local: torch.Tensor, like: DTensor) -> DTensor:
+    """A sharded tensor of which this rank holds ``local``, spread over the ranks as ``like`` is.
+
+    Args:
+        local (torch.Tensor): this rank's part; a subclass that has no views, such as NF4, will do.
+        like (DTensor): a tensor of the same shape.
+
+    Returns:
+        DTensor: without a gradient.
+    """
+    return DTensor(local, like._spec, requires_grad=False)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what takes half a second only where it is used."""
+    if name == "MemTracker":
+        from torch.distributed._tools.mem_tracker import MemTracker
+
+        return MemTracker
+    if name == "FSDPMemTracker":
+        from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+
+        return FSDPMemTracker
+    if name == "FakeStore":
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        return FakeStore
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

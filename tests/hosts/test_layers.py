@@ -1,0 +1,45 @@
+"""Activation checkpointing: what is computed again, and what is not."""
+
+import torch
+from plain import FAMILIES, response
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prefix_sharing.hosts import checkpoint_activations, to_tree_model
+from prefix_sharing.trees import Row
+
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = {ATTENTION: 0, torch.ops.aten.mm.default: 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.calls:
+            self.calls[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def calls_and_gradients(ac_mode):
+    torch.manual_seed(0)
+    model = to_tree_model(FAMILIES["llama3"](), "chains")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    if ac_mode is not None:
+        checkpoint_activations(model, ac_mode)
+    row = Row.from_examples([[response([1, 2, 3, 4], [0, 0, 1, 1]), response([1, 2, 5, 4], [0, 0, 1, 1])]])
+    with Count() as count:
+        model(row).log_probs.sum().backward()
+    return count.calls[ATTENTION], count.calls[torch.ops.aten.mm.default], [p.grad for p in model.parameters()]
+
+
+def test_selective_checkpointing_computes_no_attention_again_and_nothing_of_the_last_layer():
+    attention, products, expected = calls_and_gradients(None)
+    for ac_mode, more_attention, layers_again in (("full", attention, 2), ("selective", 0, 1)):
+        calls, products_again, gradients = calls_and_gradients(ac_mode)
+        assert calls == attention + more_attention
+        # q, k, v, output, and three of the MLP, of which the last is nobody's input
+        assert layers_again * 6 <= products_again - products <= layers_again * 7
+        for gradient, e in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(gradient, e)

@@ -1,0 +1,56 @@
+import pytest
+import torch
+from torchtune.models.llama3_2 import llama3_2
+
+from prefix_sharing.checkpoint import Checkpoint
+from prefix_sharing.errors import UserError
+from prefix_sharing.hosts import to_tree_model
+
+DIMS = {"vocab_size": 11, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 8, "max_seq_len": 16}
+
+
+def model_without_weights(**kwargs):
+    with torch.device("meta"):
+        model = to_tree_model(llama3_2(**DIMS | kwargs), "chains")
+    model.materialize(torch.device("cpu"))
+    return model
+
+
+def test_weights_of_any_precision_are_loaded_as_fp32():
+    source = llama3_2(**DIMS)
+    weights = {name: tensor.bfloat16() for name, tensor in source.state_dict().items()}
+    model = model_without_weights()
+    model.load_weights(Checkpoint(weights), seed=0)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert tensor.equal(weights[name].float())
+    assert model.layers[0].attn.pos_embeddings.cache.equal(source.layers[0].attn.pos_embeddings.cache)
+
+
+def test_weights_can_be_loaded_again():
+    first, second = llama3_2(**DIMS).state_dict(), llama3_2(**DIMS).state_dict()
+    model = model_without_weights()
+    for weights in (first, second, first):
+        model.load_weights(Checkpoint(weights), seed=0)
+        assert all(tensor.equal(weights[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "problem"),
+    [
+        ({"vocab_size": 12}, "tok_embeddings.weight is 12x8 in the checkpoint, but 11x8 in the model"),
+        ({"num_layers": 2}, r"layers.1.attn.q_proj.weight is 8x8 in the checkpoint, but missing in the model"),
+        ({"tie_word_embeddings": False}, "output.weight is 11x8 in the checkpoint, but missing in the model"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(kwargs, problem):
+    weights = llama3_2(**DIMS | kwargs).state_dict()
+    with pytest.raises(UserError, match=problem):
+        model_without_weights().load_weights(Checkpoint(weights), seed=0)
+
+
+def test_a_checkpoint_with_something_missing_is_refused():
+    weights = llama3_2(**DIMS).state_dict()
+    del weights["norm.scale"]
+    with pytest.raises(UserError, match="norm.scale is missing in the checkpoint, but 8 in the model"):
+        model_without_weights().load_weights(Checkpoint(weights), seed=0)

@@ -1,0 +1,94 @@
+"""What prefix_dpo_memory estimates against what a training step really takes of a process's memory."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from runs import make_config
+
+from prefix_sharing.config import DistributedConfig
+from prefix_sharing.memory.estimate import MOST_TOKENS, full_row, longest_row, peak_memory_estimate
+
+EXAMPLE = [256, 128, 128]
+NUM_TOKENS = 1024
+MODEL = {
+    "_component_": "torchtune.models.llama3.llama3",
+    "vocab_size": 16000,
+    "num_layers": 4,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "embed_dim": 384,
+    "intermediate_dim": 1024,
+    "max_seq_len": 2048,
+}
+
+
+def real_peak(cfg, directory, num_processes):
+    file = directory / "config.yaml"
+    OmegaConf.save(cfg, file)
+    arguments = [
+        str(Path(__file__).parents[1] / "support" / "real_step.py"),
+        str(file),
+        str(NUM_TOKENS),
+        ",".join(map(str, EXAMPLE)),
+    ]
+    launcher = [sys.executable]
+    if num_processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        # Tensors go back to the system when they are freed, instead of into the allocator's own store.
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    run = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    return int(re.search(r"peak (\d+)", run.stdout)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory from /proc")
+@pytest.mark.parametrize(
+    ("num_processes", "keys"),
+    [
+        (1, {"enable_activation_checkpointing": True}),
+        (2, {}),
+    ],
+)
+def test_predicted_peak_is_within_a_tenth_of_the_real_one(tmp_path, num_processes, keys):
+    cfg = make_config(tmp_path, config_class=DistributedConfig, model=MODEL, **keys)
+    with peak_memory_estimate(cfg, num_processes) as peak_of:
+        predicted = peak_of(full_row(NUM_TOKENS, EXAMPLE))
+    real = real_peak(cfg, tmp_path, num_processes)
+    print(f"{num_processes} processes, {keys}: predicted {predicted.total:,}, real {real:,}")
+    assert predicted.total == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("bytes_per_token", [1, 0.4, 7])
+@pytest.mark.parametrize("fixed", [0, 3000])
+@pytest.mark.parametrize("begin", [128, 1024, 8192])
+def test_the_longest_row_that_fits_is_found_by_trying(bytes_per_token, fixed, begin):
+    usable, tried = 20_000, []
+
+    def peak_of(num_tokens):
+        tried.append(num_tokens)
+        # Up to some length, something else holds most: the line through two short Rows would say nothing.
+        return max(fixed + bytes_per_token * num_tokens, 9000)
+
+    found = longest_row(peak_of, begin, usable)
+    most = min((usable - fixed) / bytes_per_token, MOST_TOKENS)
+    assert found % 128 == 0
+    assert most - max(128, most / 8) - 128 <= found <= most
+    assert len(tried) == len(set(tried)) <= 16
+
+
+def test_nothing_is_tried_beyond_the_longest_row():
+    tried = []
+    assert longest_row(lambda n: tried.append(n) or 0, 128, 1) == MOST_TOKENS
+    assert max(tried) == MOST_TOKENS
+    assert longest_row(lambda n: 2, 4096, 1) is None

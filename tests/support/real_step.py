@@ -1,0 +1,70 @@
+"""Prints the bytes of memory that training steps really take on each rank, for tests/memory/test_estimate.py.
+
+python real_step.py CONFIG.yaml TOKENS_PER_ROW PREFIX,CHOSEN,REJECTED
+torchrun --nproc_per_node 2 real_step.py CONFIG.yaml TOKENS_PER_ROW PREFIX,CHOSEN,REJECTED
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from prefix_sharing.config import DistributedConfig, check_config, instantiate
+from prefix_sharing.distributed import device_mesh, shard
+from prefix_sharing.memory.estimate import full_row
+from prefix_sharing.run import build_loss, build_model
+from prefix_sharing.run.setup import compute_dtype
+
+CPU = torch.device("cpu")
+
+
+def memory(name):
+    kilobytes = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
+    return int(kilobytes) * 1024
+
+
+def take_steps(cfg, row):
+    """Two optimizer steps of two Rows each, as the recipes take them."""
+    model = build_model(cfg, CPU, sharded=dist.is_initialized())
+    if dist.is_initialized():
+        shard(model, list(model.layers), mesh=device_mesh(CPU), compute_dtype=compute_dtype(cfg))
+    model.materialize(CPU)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    optimizer = instantiate("optimizer", cfg.optimizer, model.trainable_parameters())
+    loss = build_loss(cfg)
+    for _ in range(2):
+        for i in range(2):
+            if dist.is_initialized():
+                model.set_requires_gradient_sync(cfg.fsdp_sync_every_row or i == 1)
+            output = model(row)
+            loss(output, torch.zeros_like(output.log_probs), row.pairs).losses.sum().backward()
+            del output
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def main(file, num_tokens, example):
+    torch.set_num_threads(1)
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+    cfg = check_config(OmegaConf.load(file), DistributedConfig)
+    small = cfg.copy()
+    small.model.update({"num_layers": 2, "embed_dim": 64, "intermediate_dim": 64, "vocab_size": 128})
+    take_steps(small, full_row(64, [32, 16, 16]))  # loads what is loaded once
+    before = memory("VmRSS")
+    take_steps(cfg, full_row(num_tokens, example))
+    peak = torch.tensor(memory("VmHWM") - before)
+    if dist.is_initialized():
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"peak {peak.item()}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), [int(length) for length in sys.argv[3].split(",")])
