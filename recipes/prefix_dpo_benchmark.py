@@ -39,7 +39,7 @@ from tqdm import tqdm
 from prefix_sharing.attention import choose_attention_backend
 from prefix_sharing.benchmark.bare import seconds_of_matrix_products
 from prefix_sharing.benchmark.formats import Format, Pairs, row_formats, torchtune_format, trl_format
-from prefix_sharing.benchmark.layers import PARTS, synchronize, time_layers
+from prefix_sharing.benchmark.layers import PARTS, first_layer, synchronize, time_layers
 from prefix_sharing.benchmark.scaling import time_examples, time_rows
 from prefix_sharing.benchmark.workloads import draw_lengths, make_pairs, pairs_in, read_pairs
 from prefix_sharing.config import at_least, instantiate, parse
@@ -274,7 +274,7 @@ class PrefixDPOBenchmark:
         total = len(cfg.prefix_lengths) * len(cfg.completion_lengths) * (1 + attention_parts * len(backends))
         with tqdm(total=total, desc="Layers", unit="part") as progress:
             return time_layers(
-                self.tree.layers[0],
+                first_layer(self.tree),
                 self.device,
                 backends=backends,
                 prefix_lengths=cfg.prefix_lengths,
@@ -302,7 +302,7 @@ class PrefixDPOBenchmark:
         output_dir.mkdir(parents=True, exist_ok=True)
         on_cuda = self.device.type == "cuda"
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        results = {
+        results: dict[str, Any] = {
             "model": f"{millions:.1f} M parameters, {cfg.dtype}",
             "device": torch.cuda.get_device_name() if on_cuda else f"{torch.get_num_threads()} CPU threads",
             "platform": platform.platform(),
@@ -334,7 +334,9 @@ def reference_like(log_probs: torch.Tensor) -> torch.Tensor:
 
 def measure_memory() -> None:
     """Takes a step of the config on standard input, and prints its peak memory, whole and by part, in GiB."""
-    benchmark = PrefixDPOBenchmark(OmegaConf.create(sys.stdin.read()))
+    cfg = OmegaConf.create(sys.stdin.read())
+    assert isinstance(cfg, DictConfig)
+    benchmark = PrefixDPOBenchmark(cfg)
     pairs = benchmark.pairs_of(benchmark.cfg.workloads[0])
     (form,) = benchmark.formats
     # As after an earlier step: AdamW has its state.

@@ -9,6 +9,7 @@ the loss curve of ``prefix_dpo_single_device`` on any number of processes.
 
 import functools
 import logging
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -16,7 +17,15 @@ from tqdm import tqdm
 
 from prefix_sharing.checkpoint import load_training_state
 from prefix_sharing.config import DistributedConfig, instantiate, parse
-from prefix_sharing.distributed import device_mesh, is_rank_zero, process_group, reshard, shard, this_rank
+from prefix_sharing.distributed import (
+    device_mesh,
+    is_rank_zero,
+    process_group,
+    reshard,
+    shard,
+    sync_gradients,
+    this_rank,
+)
 from prefix_sharing.hosts import TreeModel, load_checkpoint, save_checkpoint
 from prefix_sharing.losses import LossOutput
 from prefix_sharing.memory import memory_by_part, peak_memory
@@ -25,7 +34,7 @@ from prefix_sharing.reports import draw_curves, report_margins
 from prefix_sharing.run import (
     Evaluation,
     StepMetrics,
-    build_dataset,
+    build_datasets,
     build_loader,
     build_loss,
     build_lr_scheduler,
@@ -59,7 +68,7 @@ class PrefixDPORecipeDistributed:
         self.cfg = cfg
         self.device = device
         self.mesh = device_mesh(device, cfg.data_parallel_replicate_dim)
-        self.metric_logger = None
+        self.metric_logger: Any = None
 
     def setup(self) -> None:
         """Builds model, data, loss, optimizer and schedule, and computes the reference log-probs."""
@@ -67,8 +76,7 @@ class PrefixDPORecipeDistributed:
         self.loss = build_loss(cfg)
         self.model = self.new_model()
         tokenizer = instantiate("tokenizer", cfg.tokenizer)
-        self.dataset = build_dataset("dataset", cfg, tokenizer, self.model, self.loss)
-        self.dataset_val = build_dataset("dataset_val", cfg, tokenizer, self.model, self.loss)
+        self.dataset, self.dataset_val = build_datasets(cfg, tokenizer, self.model, self.loss)
         self.load = build_loader(cfg, self.model, self.loss, self.device)
         self.activations_handling = self.model.offload_activations(cfg.enable_activation_offloading)
         self.checkpointer, checkpoint = load_checkpoint(
@@ -131,7 +139,7 @@ class PrefixDPORecipeDistributed:
 
     def evaluate(self) -> Evaluation | None:
         """Evaluates on ``dataset_val`` over all ranks and logs under ``eval/``."""
-        if self.dataset_val is None:
+        if self.dataset_val is None or self.plan_val is None:
             return None
         loss_of = functools.partial(self.loss_of, reference=self.reference_val)
         forward = functools.partial(self.forward, self.model)
@@ -161,7 +169,7 @@ class PrefixDPORecipeDistributed:
                 finite = FiniteCheck(self.device)
                 for i, row in enumerate(step.rows, start=1):
                     # Gradients are added up over ranks in the backward pass of the step's last Row.
-                    self.model.set_requires_gradient_sync(cfg.fsdp_sync_every_row or i == len(step.rows))
+                    sync_gradients(self.model, cfg.fsdp_sync_every_row or i == len(step.rows))
                     row = row.to(self.device)
                     with self.activations_handling:
                         output = self.forward(self.model, row)

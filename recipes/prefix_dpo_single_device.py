@@ -8,6 +8,7 @@ and run ``tune run my_recipe.py --config my_config.yaml``.
 
 import functools
 import logging
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +25,7 @@ from prefix_sharing.reports import draw_curves, report_margins
 from prefix_sharing.run import (
     Evaluation,
     StepMetrics,
-    build_dataset,
+    build_datasets,
     build_loader,
     build_loss,
     build_lr_scheduler,
@@ -57,7 +58,7 @@ class PrefixDPORecipeSingleDevice:
     def __init__(self, cfg: DictConfig, device: torch.device) -> None:
         self.cfg = cfg
         self.device = device
-        self.metric_logger = None
+        self.metric_logger: Any = None
 
     def setup(self) -> None:
         """Builds model, data, loss, optimizer and schedule, and computes the reference log-probs."""
@@ -65,8 +66,7 @@ class PrefixDPORecipeSingleDevice:
         self.loss = build_loss(cfg)
         self.model = self.new_model()
         tokenizer = instantiate("tokenizer", cfg.tokenizer)
-        self.dataset = build_dataset("dataset", cfg, tokenizer, self.model, self.loss)
-        self.dataset_val = build_dataset("dataset_val", cfg, tokenizer, self.model, self.loss)
+        self.dataset, self.dataset_val = build_datasets(cfg, tokenizer, self.model, self.loss)
         self.load = build_loader(cfg, self.model, self.loss, self.device)
         self.autocast = torch.autocast(self.device.type, compute_dtype(cfg), enabled=cfg.dtype == "bf16")
         self.activations_handling = self.model.offload_activations(cfg.enable_activation_offloading)
@@ -121,7 +121,7 @@ class PrefixDPORecipeSingleDevice:
 
     def evaluate(self) -> Evaluation | None:
         """Evaluates on ``dataset_val`` and logs under ``eval/``."""
-        if self.dataset_val is None:
+        if self.dataset_val is None or self.plan_val is None:
             return None
         loss_of = functools.partial(self.loss_of, reference=self.reference_val)
         forward = functools.partial(self.forward, self.model)

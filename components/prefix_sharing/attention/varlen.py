@@ -81,4 +81,5 @@ class VarlenMask(TreeMask):
             window_size=self._window_size,
             enable_gqa=True,
         )
+        assert isinstance(output, torch.Tensor)  # not with its logsumexp
         return torch.cat([output, torch.zeros_like(padding)]).transpose(0, 1)[None]

@@ -9,6 +9,7 @@ attention_layer projections, rotary embeddings and attention, with each backend
 =============== ====================================================================
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,8 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from prefix_sharing.attention import AttentionBackend, mask_builder, rounding_of
-from prefix_sharing.hosts.torchtune import TreeTransformerLayer
+from prefix_sharing.attention import AttentionBackend, TreeMask, mask_builder, rounding_of
+from prefix_sharing.hosts.torchtune import TreeAttention, TreeTransformerLayer
 from prefix_sharing.trees import PrefixTree, Response, Row, RowOptions
 
 PARTS = ("mlp", "attention", "attention_layer")
@@ -39,11 +40,16 @@ def one_pair(prefix: int, completion: int) -> list[Response]:
     return [Response(np.repeat([0, token], [prefix, completion + 1]), scored) for token in (1, 2)]
 
 
-def random_qkv(attn: nn.Module, length: int, device: torch.device, autocast: torch.autocast) -> list[torch.Tensor]:
+def first_layer(model: nn.Module) -> TreeTransformerLayer:
+    """The first layer of a model, checkpointed or not."""
+    return next(module for module in model.modules() if isinstance(module, TreeTransformerLayer))
+
+
+def random_qkv(attn: TreeAttention, length: int, device: torch.device, autocast: torch.autocast) -> list[torch.Tensor]:
     """Queries, keys and values of a Row, in the precision that projections give.
 
     Args:
-        attn (nn.Module): torchtune's attention, for its numbers of heads.
+        attn (TreeAttention): torchtune's attention, for its numbers of heads.
         length (int): tokens in the Row.
         device (torch.device): where they lie.
         autocast (torch.autocast): the precision.
@@ -124,19 +130,19 @@ def _run(
     autocast: torch.autocast,
 ) -> Callable[[], None]:
     """One forward and backward pass of a part."""
-    round_length = None if backend is None else rounding_of(backend)
-    row = Row.from_examples([pair], options=RowOptions(share_prefix, round_length)).to(device)
+    options = RowOptions(share_prefix, None if backend is None else rounding_of(backend))
+    row = Row.from_examples([pair], options=options).to(device)
     length, attn = row.tokens.shape[1], layer.attn
-    mask = None if backend is None else mask_builder(backend)(row)
-
-    def attention_layer(x: torch.Tensor) -> torch.Tensor:
-        return attn(x, x, mask=mask, input_pos=row.input_pos, query_pos=row.input_pos)
-
-    if part == "attention":
-        forward, inputs = mask.attend, random_qkv(attn, length, device, autocast)
+    hidden = [torch.randn(1, length, attn.embed_dim, device=device, requires_grad=True)]
+    forward: Callable[..., torch.Tensor]
+    if backend is None:
+        forward, inputs = layer.mlp, hidden
     else:
-        forward = layer.mlp if part == "mlp" else attention_layer
-        inputs = [torch.randn(1, length, attn.embed_dim, device=device, requires_grad=True)]
+        mask = mask_builder(backend)(row)
+        if part == "attention":
+            forward, inputs = mask.attend, random_qkv(attn, length, device, autocast)
+        else:
+            forward, inputs = functools.partial(_attention_layer, attn, mask, row), hidden
     with torch.no_grad(), autocast:
         gradient = torch.randn_like(forward(*inputs))
 
@@ -148,6 +154,10 @@ def _run(
             tensor.grad = None
 
     return run
+
+
+def _attention_layer(attn: TreeAttention, mask: TreeMask, row: Row, x: torch.Tensor) -> torch.Tensor:
+    return attn(x, x, mask=mask, input_pos=row.input_pos, query_pos=row.input_pos)
 
 
 def _medians_in_turns(runs: Sequence[Callable[[], None]], rounds: int, device: torch.device) -> list[float]:

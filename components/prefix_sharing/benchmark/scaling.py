@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from prefix_sharing.attention import mask_builder, rounding_of, tree_block_mask
-from prefix_sharing.benchmark.layers import one_pair, random_qkv, synchronize
+from prefix_sharing.benchmark.layers import first_layer, one_pair, random_qkv, synchronize
 from prefix_sharing.benchmark.workloads import draw_lengths, make_pairs
 from prefix_sharing.datasets import PrefixPreferenceDataset, StepLoader
 from prefix_sharing.datasets.table import FEATURES, tokenized_example
@@ -49,7 +49,7 @@ def time_rows(
     size = TreeSizes.of([PrefixTree.from_responses(pair).size])
     flops_of_one = 3 * float(model.forward_flops(size)[0])
     options = RowOptions(round_length=rounding_of(model.attention_backend))
-    attn = model.layers[0].attn
+    attn = first_layer(model).attn
 
     found = []
     for length in num_tokens:
@@ -76,7 +76,7 @@ def _seconds_of_row(
     """
     new_chains = mask_builder("chains")
     mask = model.new_mask(row)
-    qkv = random_qkv(model.layers[0].attn, row.tokens.shape[1], device, autocast)
+    qkv = random_qkv(first_layer(model).attn, row.tokens.shape[1], device, autocast)
 
     def chains_mask() -> None:
         new_chains(row)

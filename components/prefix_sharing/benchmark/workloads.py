@@ -62,12 +62,14 @@ def draw_lengths(workload: str, num_pairs: int, seed: int = 0, longest: int = 81
     """
     if workload not in DATASETS:
         try:
-            prefix, chosen, rejected = (int(length) for length in workload.split(","))
+            fixed = [int(length) for length in workload.split(",")]
+            if len(fixed) != 3:
+                raise ValueError(workload)
         except ValueError as error:
             known = ", ".join(DATASETS)
             problem = f"unknown workload '{workload}'; choose from {known}, a file, or PREFIX,CHOSEN,REJECTED"
             raise ConfigError("workloads", problem) from error
-        return PairLengths(*(np.full(num_pairs, length) for length in (prefix, chosen, rejected)))
+        return PairLengths(*(np.full(num_pairs, length) for length in fixed))
     median, ratio = DATASETS[workload]
     response = median / (1 + ratio)
     rng = np.random.default_rng([seed, sorted(DATASETS).index(workload)])

@@ -44,7 +44,7 @@ def check_config(cfg: DictConfig, config_class: type) -> DictConfig:
         if OmegaConf.is_dict(cfg.get(key)) and cfg[key].get("_component_", key) is None:
             cfg[key] = None
     is_training = issubclass(config_class, TrainingConfig)
-    given = {key for key, value in OmegaConf.to_container(cfg, resolve=False).items() if value is not None}
+    given = {str(key) for key, value in cfg.items_ex(resolve=False) if value is not None}
     if is_training:
         _resolve_packing(cfg)
     cfg = _fill_in(cfg, config_class)
@@ -58,26 +58,27 @@ def check_config(cfg: DictConfig, config_class: type) -> DictConfig:
 
 def _check_known(prefix: str, cfg: DictConfig, config_class: type) -> None:
     known = [field.name for field in fields(config_class)]
-    for key in cfg:
+    for key in map(str, cfg):
         if key not in known:
-            raise ConfigError(f"{prefix}{key}", f"unknown key.{did_you_mean(str(key), known)}")
+            raise ConfigError(f"{prefix}{key}", f"unknown key.{did_you_mean(key, known)}")
 
 
 def _fill_in(cfg: DictConfig, config_class: type) -> DictConfig:
     """The config with defaults, its values of the right types and within their ranges."""
     _check_choices(cfg, config_class)
     try:
-        cfg = OmegaConf.merge(OmegaConf.structured(config_class), cfg)
+        filled = OmegaConf.structured(config_class)
+        filled.merge_with(cfg)
         known = [field.name for field in fields(config_class)]
-        missing = [key for key in known if OmegaConf.is_missing(cfg, key)] or sorted(OmegaConf.missing_keys(cfg))
+        missing = [key for key in known if OmegaConf.is_missing(filled, key)] or sorted(OmegaConf.missing_keys(filled))
         if missing:
             others = f", and so are {', '.join(missing[1:])}" if len(missing) > 1 else ""
             raise ConfigError(missing[0], f"required, but not set{others}")
-        OmegaConf.to_container(cfg, resolve=True)
+        OmegaConf.to_container(filled, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(getattr(error, "full_key", None) or "?", one_line(error)) from error
-    _check_ranges(cfg, config_class)
-    return cfg
+    _check_ranges(filled, config_class)
+    return filled
 
 
 def _check_choices(cfg: DictConfig, config_class: type) -> None:

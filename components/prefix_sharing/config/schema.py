@@ -200,8 +200,7 @@ def field_docs(config_class: type) -> dict[str, str]:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         assert isinstance(tree, ast.ClassDef)
         for declared, following in zip(tree.body, tree.body[1:], strict=False):
-            if isinstance(declared, ast.AnnAssign) and isinstance(declared.target, ast.Name):
-                is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-                if is_text:
-                    docs[declared.target.id] = " ".join(str(following.value.value).split())
+            match declared, following:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docs[name] = " ".join(text.split())
     return {f.name: docs.get(f.name, "") for f in fields(config_class)}

@@ -214,8 +214,8 @@ def _parse_messages(messages: list, key: str) -> list[Turn]:
         if not isinstance(role, str) or role not in _ROLES:
             raise RecordError(f"{where}.{role_key}", f"is {role!r}, which is none of {', '.join(_ROLES)}")
         if isinstance(content, list):  # OpenAI's parts
-            parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-            content = "".join(parts) if all(isinstance(part, str) for part in parts) else content
+            texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+            content = "".join(texts) if len(texts) == len(content) else content
         if not isinstance(content, str):
             raise RecordError(f"{where}.{content_key}", f"must be a string, but is {_kind(content)}")
         turns.append({"role": _ROLES[role], "content": content})

@@ -77,5 +77,5 @@ def dropped_example(reason: str) -> dict[str, Any]:
     Returns:
         dict[str, Any]: a value for each of ``FEATURES``.
     """
-    empty = {name: [] for name in ("tokens", "scored", "pairs")}
+    empty: dict[str, list] = {name: [] for name in ("tokens", "scored", "pairs")}
     return {**dict.fromkeys(FEATURES), **empty, "dropped": reason}

@@ -11,7 +11,7 @@ from prefix_sharing.distributed.ranks import (
     this_rank,
     wait_for_all_ranks,
 )
-from prefix_sharing.distributed.sharding import device_mesh, local_part, reshard, shard
+from prefix_sharing.distributed.sharding import device_mesh, local_part, reshard, shard, sync_gradients
 
 __all__ = [
     "Ranks",
@@ -25,6 +25,7 @@ __all__ = [
     "reshard",
     "shard",
     "sum_over_ranks",
+    "sync_gradients",
     "this_rank",
     "wait_for_all_ranks",
 ]

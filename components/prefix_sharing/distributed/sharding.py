@@ -82,6 +82,17 @@ def shard(
         following.set_modules_to_backward_prefetch([layer])
 
 
+def sync_gradients(model: nn.Module, enabled: bool) -> None:
+    """Whether the next backward pass adds up gradients over ranks, or leaves them for a later one to add up.
+
+    Args:
+        model (nn.Module): a sharded model.
+        enabled (bool): whether it does.
+    """
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(enabled)
+
+
 def reshard(model: nn.Module) -> None:
     """Frees what a forward pass without a backward left gathered.
 

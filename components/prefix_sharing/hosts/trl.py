@@ -5,12 +5,13 @@ the trainer's collator and its ``compute_loss``.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch import nn
 from torchtune.models.convert_weights import tune_to_hf
 from torchtune.modules import TiedLinear, TransformerDecoder
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -32,8 +33,9 @@ class TRLModel:
     """
 
     def __init__(self, plain: TransformerDecoder, device: torch.device, beta: float) -> None:
-        self._trainer = _build_trainer(_as_transformers_model(plain).to(device), device, beta)
-        self.model = self._trainer.model
+        self._trainer = _build_trainer(_as_transformers_model(plain), device, beta)
+        self._collate: Callable[..., dict[str, torch.Tensor]] = self._trainer.data_collator
+        self.model: nn.Module = self._trainer.model_wrapped
 
     def batch(self, pairs: Sequence[Sequence[Response]]) -> dict[str, torch.Tensor]:
         """A micro-batch by TRL's collator."""
@@ -47,7 +49,7 @@ class TRLModel:
                     "rejected_ids": rejected.tokens[prompt:].tolist(),
                 }
             )
-        return self._trainer.data_collator(examples)
+        return self._collate(examples)
 
     def log_probs(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Log-probs of chosen and rejected, shape ``[P, 2]``."""

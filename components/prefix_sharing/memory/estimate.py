@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from prefix_sharing.config import explained, instantiate
-from prefix_sharing.distributed import device_mesh, local_part, shard
+from prefix_sharing.distributed import device_mesh, local_part, shard, sync_gradients
 from prefix_sharing.hosts import TreeModel
 from prefix_sharing.run.setup import build_loss, build_model, compute_dtype
 from prefix_sharing.torch_private import FakeStore, FakeTensorMode, FSDPMemTracker, MemTracker
@@ -109,8 +108,8 @@ def peak_memory_estimate(cfg: DictConfig, world_size: int) -> Iterator[Callable[
             optimizer = _build_optimizer(cfg, model)
 
         def take_row(row: Row, *, is_last: bool) -> None:
-            if isinstance(model, FSDPModule):
-                model.set_requires_gradient_sync(cfg.fsdp_sync_every_row or is_last)
+            if sharded:
+                sync_gradients(model, cfg.fsdp_sync_every_row or is_last)
             with torch.autocast("cpu", torch.bfloat16, enabled=cfg.dtype == "bf16" and not sharded):
                 output = model(row)
             loss(output, torch.zeros_like(output.log_probs), row.pairs).losses.sum().backward()
@@ -175,6 +174,11 @@ def longest_row(
 
 class _OnlyThePeak:
     """Has a tracker keep the peak of all, not that of every module: time grows with layers, not with their square."""
+
+    # What the trackers have.
+    _curr_mem_snap: dict[torch.device, dict[str, int]]
+    _peak_mem: dict[torch.device, int]
+    _peak_mem_snap: dict[torch.device, dict[str, int]]
 
     def _update_peak_stats(self, peak_state: object) -> None:
         for device, now in self._curr_mem_snap.items():

@@ -3,6 +3,7 @@
 import re
 import resource
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ def memory_by_part(model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
         dict[str, float]: in GiB.
     """
 
-    def size(tensors: list[torch.Tensor]) -> float:
+    def size(tensors: Iterable[torch.Tensor]) -> float:
         return sum(tensor.numel() * tensor.element_size() for tensor in map(local_part, tensors)) / 1024**3
 
     parameters = list(model.parameters())

@@ -201,7 +201,8 @@ def _best_fit(order: list[int], lengths: list[int], pack_len: int) -> Bins:
 
 
 def _fill(order: list[int], lengths: list[int], pack_len: int, num_rows: int) -> Bins | None:
-    left, rows = list(order), []
+    left = list(order)
+    rows: Bins = []
     while left:
         if len(rows) == num_rows:
             return None

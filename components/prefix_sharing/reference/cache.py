@@ -54,7 +54,7 @@ def fingerprint_reference(weights: Mapping[str, torch.Tensor], computation: Mapp
     for name in sorted(weights):
         tensor = weights[name].detach().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

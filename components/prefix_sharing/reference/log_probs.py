@@ -109,7 +109,7 @@ def set_up_reference(
         model.load_weights(other, seed)
     model.eval()
     compute = functools.partial(reference_log_probs, functools.partial(forward, model), load=load, cache=cache)
-    references = [
+    references: list[Reference | None] = [
         None if dataset is None or plan is None else compute(dataset=dataset, plan=plan) for dataset, plan in passes
     ]
     reshard(model)

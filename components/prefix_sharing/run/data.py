@@ -22,9 +22,29 @@ _STEPS_TO_REPORT = 64
 """Steps whose Rows the log describes: rank 0 plans them while the others wait."""
 
 
-def build_dataset(
-    key: str, cfg: DictConfig, tokenizer: Any, model: TreeModel, loss: Loss
-) -> PrefixPreferenceDataset | None:
+def build_datasets(
+    cfg: DictConfig, tokenizer: Any, model: TreeModel, loss: Loss
+) -> tuple[PrefixPreferenceDataset, PrefixPreferenceDataset | None]:
+    """Builds the data sets of a run as ``build_dataset`` does.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        tokenizer (Any): the tokenizer.
+        model (TreeModel): the model.
+        loss (Loss): the loss.
+
+    Returns:
+        tuple[PrefixPreferenceDataset, PrefixPreferenceDataset | None]: those of ``dataset`` and ``dataset_val``; None
+            if the config has no ``dataset_val``.
+
+    Raises:
+        ConfigError: if one cannot be built or does not fit.
+    """
+    dataset = build_dataset("dataset", cfg, tokenizer, model, loss)
+    return dataset, build_dataset("dataset_val", cfg, tokenizer, model, loss) if cfg.dataset_val is not None else None
+
+
+def build_dataset(key: str, cfg: DictConfig, tokenizer: Any, model: TreeModel, loss: Loss) -> PrefixPreferenceDataset:
     """Builds a data set, tokenized on one process of each machine, and checks that model and loss can take it.
 
     Args:
@@ -35,13 +55,11 @@ def build_dataset(
         loss (Loss): the loss.
 
     Returns:
-        PrefixPreferenceDataset | None: None where the config has none.
+        PrefixPreferenceDataset: the data set.
 
     Raises:
         ConfigError: if it cannot be built or does not fit.
     """
-    if cfg[key] is None:
-        return None
     with rank_zero_first():
         dataset = instantiate(key, cfg[key], tokenizer)
     if not isinstance(dataset, PrefixPreferenceDataset):

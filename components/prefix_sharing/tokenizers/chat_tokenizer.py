@@ -1,7 +1,7 @@
 """What this package asks of a tokenizer: torchtune's own interface, conversations in, tokens and masks out."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -19,8 +19,9 @@ class ChatTokenizer(Protocol):
     def tokenize_messages(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
         """Token ids of a conversation, and for each whether it is masked, that is, not scored."""
 
-    def decode(self, token_ids: list[int]) -> str:
-        """Text of token ids."""
+    @property
+    def decode(self) -> Callable[..., str]:
+        """Text of token ids; tokenizers differ in their options."""
 
 
 def tokenize_turns(

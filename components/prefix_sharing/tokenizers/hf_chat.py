@@ -34,6 +34,12 @@ class HFChatTokenizer:
         UserError: if a file is missing or there is no chat template.
     """
 
+    path: str
+    max_seq_len: int | None
+    _definition: str
+    _template_source: str
+    _named_tokens: dict[str, str]
+
     def __init__(self, path: str, max_seq_len: int | None = None) -> None:
         directory = Path(path)
         # All special tokens come from the template. Without its post-processor the tokenizer adds none of its own, and

@@ -135,20 +135,20 @@ class Row:
         chains = chains or [Chain((0, 1), [])]
         return cls(
             **_lay_out(trees, starts, options.rounded(num_tokens)),
-            predictor_index=torch.from_numpy(predictors.index),
+            predictor_index=torch.from_numpy(predictors.indices),
             scored_predictor=torch.from_numpy(predictors.of_scored),
             scored_target=torch.from_numpy(scored.target),
             scored_response=torch.from_numpy(scored.response),
             scored_weight=torch.from_numpy(scored.weight),
             num_scored=torch.from_numpy(_num_scored(examples, trees, num_responses)),
             whole_num_scored=torch.tensor(
-                [t.num_scored[-1] for t in trees] if options.whole_sequence else [], dtype=int
+                [tree.num_scored[-1] for tree in trees if options.whole_sequence], dtype=torch.long
             ),
             example_index=torch.tensor(range(len(trees)) if example_index is None else example_index, dtype=torch.long),
             pairs=torch.from_numpy(_number_responses(pairs, num_responses)),
             predictor_offsets=predictors.offsets,
             chains=chains,
-            predictor_spans=_spans_of_chains(predictors.index, chains),
+            predictor_spans=_spans_of_chains(predictors.indices, chains),
             num_tokens=num_tokens,
             paired_tokens=sum(len(response.inputs) for example in examples for response in example),
             confidence=options.confidence,
@@ -170,7 +170,8 @@ class Row:
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Row":
         """The same Row with each of its tensors changed."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: change(v) for n, v in values.items() if isinstance(v, torch.Tensor)})
+        changed: dict[str, Any] = {name: change(v) for name, v in values.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **changed)
 
     # Between processes a Row travels as arrays: torch would open a file for each of its tensors.
     def __getstate__(self) -> dict[str, Any]:
@@ -212,7 +213,7 @@ class _ScoredTokens(NamedTuple):
 class _Predictors(NamedTuple):
     """The distinct predictors of a Row, padded, with where the scored tokens of each begin."""
 
-    index: np.ndarray
+    indices: np.ndarray
     of_scored: np.ndarray
     offsets: list[int]
 

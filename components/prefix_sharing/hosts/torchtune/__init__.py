@@ -4,11 +4,17 @@ Everything that touches a private name of torchtune's models or checkpoints is i
 """
 
 from prefix_sharing.hosts.torchtune.generation import AnswerModel
-from prefix_sharing.hosts.torchtune.model import TreeTransformerDecoder, TreeTransformerLayer, to_tree_model
+from prefix_sharing.hosts.torchtune.model import (
+    TreeAttention,
+    TreeTransformerDecoder,
+    TreeTransformerLayer,
+    to_tree_model,
+)
 from prefix_sharing.hosts.torchtune.weights import load_checkpoint, load_trained_checkpoint, save_checkpoint
 
 __all__ = [
     "AnswerModel",
+    "TreeAttention",
     "TreeTransformerDecoder",
     "TreeTransformerLayer",
     "load_checkpoint",

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
+from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import (
     DoRALinear,
     LoRALinear,
@@ -103,7 +104,7 @@ def adapter_to_save(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) ->
     return weights, config
 
 
-def correct_peft_file(file: Path, adapter: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+def correct_peft_file(file: Path, adapter: Mapping[str, torch.Tensor], model: TransformerDecoder) -> None:
     """Puts right what torchtune 0.6.1 gets wrong when it writes an adapter for PEFT.
 
     Hugging Face keeps the rows of query and key projections in another order, except for Qwen 2. torchtune reorders the
@@ -112,7 +113,7 @@ def correct_peft_file(file: Path, adapter: Mapping[str, torch.Tensor], model: nn
     Args:
         file (Path): torchtune's ``adapter_model.safetensors``, written anew.
         adapter (Mapping[str, torch.Tensor]): the adapter in torchtune's format.
-        model (nn.Module): the model it is of.
+        model (TransformerDecoder): the model it is of.
     """
     tensors = load_file(file)
     for i, layer in enumerate(model.layers):

@@ -6,7 +6,7 @@ stay what they were, and compilation, activation checkpointing and FSDP2 apply a
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -51,10 +51,6 @@ SUPPORTED_FAMILIES = (
 class _AttentionOverTree:
     """Attention with a tree mask; K and V are never expanded."""
 
-    window: int | None = None
-    scale: float | None = None
-    softcap: float | None = None
-
     # What torchtune's attention has.
     num_heads: int
     num_kv_heads: int
@@ -64,6 +60,21 @@ class _AttentionOverTree:
     v_proj: Callable[[torch.Tensor], torch.Tensor]
     output_proj: Callable[[torch.Tensor], torch.Tensor]
     pos_embeddings: Callable[..., torch.Tensor]
+
+    @property
+    def window(self) -> int | None:
+        """How many positions a token may see; None for all."""
+        return None
+
+    @property
+    def scale(self) -> float | None:
+        """What scores are multiplied with; None for ``head_dim ** -0.5``."""
+        return None
+
+    @property
+    def softcap(self) -> float | None:
+        """What scores are bounded to; None for nothing."""
+        return None
 
     def forward(
         self,
@@ -102,24 +113,35 @@ class TreeAttention(_AttentionOverTree, MultiHeadAttention):
 class TreeGemma2Attention(_AttentionOverTree, Gemma2Attention):
     """torchtune's attention of Gemma 2 over a tree, its window over positions instead of row indices."""
 
+    sliding_window_size: int | None
+    scaling: float
+    softcapping: float | None
+
     @property
+    @override
     def window(self) -> int | None:
-        """How many positions a token may see."""
         return self.sliding_window_size
 
     @property
+    @override
     def scale(self) -> float:
-        """What scores are multiplied with."""
         return self.scaling
 
     @property
+    @override
     def softcap(self) -> float | None:
-        """What scores are bounded to."""
         return self.softcapping
 
 
 class TreeTransformerLayer(TransformerSelfAttentionLayer):
     """torchtune's layer, which may compute its output for some tokens only."""
+
+    attn: TreeAttention | TreeGemma2Attention
+    mlp: nn.Module
+    sa_norm: Callable[[torch.Tensor], torch.Tensor]
+    mlp_norm: Callable[[torch.Tensor], torch.Tensor]
+    sa_scale: Callable[[torch.Tensor], torch.Tensor]
+    mlp_scale: Callable[[torch.Tensor], torch.Tensor]
 
     def forward(
         self, x: torch.Tensor, *, mask: TreeMask, input_pos: torch.Tensor, query_index: torch.Tensor | None = None
@@ -156,11 +178,15 @@ class TreeTransformerDecoder(TreeModel, TransformerDecoder):
     """torchtune's decoder, from a Row to the log-probs of its responses."""
 
     mask_of: Callable[..., TreeMask]
+    # What torchtune's decoder has.
+    tok_embeddings: nn.Embedding
+    norm: Callable[[torch.Tensor], torch.Tensor]
+    output: Callable[[torch.Tensor], torch.Tensor]
 
     @override
     def forward(self, row: Row) -> ResponseLogProbs:
         h = self.tok_embeddings(row.tokens)
-        *layers, last_layer = self.layers
+        *layers, last_layer = cast(list[TreeTransformerLayer], list(self.layers))
         masks = {window: self.new_mask(row, window=window) for window in {layer.attn.window for layer in layers}}
         for layer in layers:
             h = layer(h, mask=masks[layer.attn.window], input_pos=row.input_pos)
@@ -282,10 +308,10 @@ def materialize(model: nn.Module, device: torch.device, parameter_device: torch.
     with unset_fake_temporarily(), device:
         for module in model.modules():
             if hasattr(module, "rope_init"):
-                module.rope_init()
+                cast(Any, module).rope_init()
 
 
-def _refuse_unsupported(model: nn.Module) -> None:
+def _refuse_unsupported(model: TransformerDecoder) -> None:
     def require(name: str, part: object, *types: type) -> None:
         if type(part) not in types:
             problem = f"{name} is a {type(part).__name__}, which prefix sharing does not cover; "

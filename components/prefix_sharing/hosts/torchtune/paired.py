@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_dpo
+from torchtune.modules import TransformerDecoder
 from torchtune.rlhf import get_batch_log_probs
 from torchtune.rlhf.loss import DPOLoss
 
@@ -18,14 +18,14 @@ class PairedModel:
     """A model as torchtune builds it: pairs as a padded batch, chosen above rejected, and logits of every token.
 
     Args:
-        model (nn.Module): torchtune's model.
+        model (TransformerDecoder): torchtune's model.
         beta (float): of the DPO loss.
 
     Attributes:
-        model (nn.Module): as given.
+        model (TransformerDecoder): as given.
     """
 
-    def __init__(self, model: nn.Module, beta: float) -> None:
+    def __init__(self, model: TransformerDecoder, beta: float) -> None:
         self.model = model
         self._loss = DPOLoss(beta=beta)
 

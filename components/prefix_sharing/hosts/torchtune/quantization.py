@@ -1,6 +1,6 @@
 """NF4, in which QLoRA keeps the frozen base: tensors that have no views and cannot be sharded like others."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from prefix_sharing.distributed import broadcast_from_rank_zero, is_rank_zero, l
 from prefix_sharing.torch_private import CHECKPOINT_PREFIX, local_dtensor
 
 
-def is_quantized(weight: Any) -> bool:
+def is_quantized(weight: object) -> TypeGuard[torch.Tensor]:
     """Whether a weight is NF4, sharded or not."""
     return isinstance(weight, torch.Tensor) and isinstance(local_part(weight), NF4Tensor)
 
@@ -54,7 +54,7 @@ def load_quantized(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> boo
 
 def _quantize_like(weight: torch.Tensor, values: torch.Tensor) -> NF4Tensor:
     """Quantizes values, the same on every rank, as a weight is, and keeps this rank's part of them."""
-    local = local_part(weight)
+    local: Any = local_part(weight)
     whole = to_nf4(values, block_size=local.block_size, scaler_block_size=local.scaler_block_size)
     if not isinstance(weight, DTensor):
         return whole
