@@ -4,6 +4,7 @@ python real_step.py CONFIG.yaml TOKENS_PER_ROW PREFIX,CHOSEN,REJECTED
 torchrun --nproc_per_node 2 real_step.py CONFIG.yaml TOKENS_PER_ROW PREFIX,CHOSEN,REJECTED
 """
 
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from prefix_sharing.config import DistributedConfig, check_config, instantiate
-from prefix_sharing.distributed import device_mesh, shard
+from prefix_sharing.distributed import device_mesh, is_rank_zero, process_group, shard, sync_gradients
 from prefix_sharing.memory.estimate import full_row
 from prefix_sharing.run import build_loss, build_model
 from prefix_sharing.run.setup import compute_dtype
@@ -39,7 +40,7 @@ def take_steps(cfg, row):
     for _ in range(2):
         for i in range(2):
             if dist.is_initialized():
-                model.set_requires_gradient_sync(cfg.fsdp_sync_every_row or i == 1)
+                sync_gradients(model, cfg.fsdp_sync_every_row or i == 1)
             output = model(row)
             loss(output, torch.zeros_like(output.log_probs), row.pairs).losses.sum().backward()
             del output
@@ -49,8 +50,6 @@ def take_steps(cfg, row):
 
 def main(file, num_tokens, example):
     torch.set_num_threads(1)
-    if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")
     cfg = check_config(OmegaConf.load(file), DistributedConfig)
     small = cfg.copy()
     small.model.update({"num_layers": 2, "embed_dim": 64, "intermediate_dim": 64, "vocab_size": 128})
@@ -60,11 +59,10 @@ def main(file, num_tokens, example):
     peak = torch.tensor(memory("VmHWM") - before)
     if dist.is_initialized():
         dist.all_reduce(peak, dist.ReduceOp.MAX)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_rank_zero():
         print(f"peak {peak.item()}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), [int(length) for length in sys.argv[3].split(",")])
+    with process_group(CPU) if dist.is_torchelastic_launched() else contextlib.nullcontext():
+        main(sys.argv[1], int(sys.argv[2]), [int(length) for length in sys.argv[3].split(",")])

@@ -61,6 +61,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.init_process_group(backend, timeout=_STEP_TIMEOUT)
     _setup_group = dist.new_group(backend="gloo", timeout=_SETUP_TIMEOUT)
     yield
+    # Meanwhile gloo's threads release the tensors of the last collective. If they came to that only when the
+    # interpreter is shutting down, they would abort the process.
+    wait_for_all_ranks()
     _setup_group = None
     dist.destroy_process_group()
 
