@@ -20,7 +20,8 @@ from prefix_sharing.config import DistributedConfig, at_least, instantiate, pars
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.hosts import load_checkpoint, load_trained_checkpoint
 from prefix_sharing.hosts.torchtune import AnswerModel
-from prefix_sharing.run import build_dataset, build_loss, build_model, set_up_device, set_up_logging
+from prefix_sharing.run import build_loss, build_model, set_up_device, set_up_logging
+from prefix_sharing.run.data import build_dataset
 from prefix_sharing.run.optimization import choose_seed
 from prefix_sharing.run.setup import compute_dtype
 from prefix_sharing.tokenizers import ChatTokenizer, decode_all, tokenize_turns

@@ -23,8 +23,8 @@ from prefix_sharing.errors import ConfigError
 from prefix_sharing.planning import ByLength, report_plan
 from prefix_sharing.reports.lengths import PERCENTILES, mark_example, measure_lengths, percentiles, plot_lengths
 from prefix_sharing.reports.lengths import prefix_ratio as ratio_of
-from prefix_sharing.run import build_dataset, build_loss, build_model, build_plan, set_up_logging
-from prefix_sharing.run.data import describe_step
+from prefix_sharing.run import build_loss, build_model, build_plan, set_up_logging
+from prefix_sharing.run.data import build_dataset, describe_step
 from prefix_sharing.run.optimization import choose_seed
 from prefix_sharing.trees import bucket_length
 

@@ -1,6 +1,6 @@
 """What the recipes call: set-up from the config, data, the parts of a step, metrics, evaluation."""
 
-from prefix_sharing.run.data import build_dataset, build_datasets, build_loader, build_plan, build_val_plan, log_plan
+from prefix_sharing.run.data import build_datasets, build_loader, build_plan, build_val_plan, log_plan
 from prefix_sharing.run.evaluation import Evaluation, evaluate
 from prefix_sharing.run.metrics import StepMetrics
 from prefix_sharing.run.setup import (
@@ -16,7 +16,6 @@ from prefix_sharing.run.setup import (
 __all__ = [
     "Evaluation",
     "StepMetrics",
-    "build_dataset",
     "build_datasets",
     "build_loader",
     "build_loss",
