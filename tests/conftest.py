@@ -20,6 +20,11 @@ hypothesis.settings.load_profile("default")
 torch.set_num_threads(1)  # two workers share the cores
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

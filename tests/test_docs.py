@@ -1,71 +1,164 @@
-"""What docs/ promises: keys, components and snippets are those of the code."""
+"""What docs/ promises: commands, keys, components and snippets are those of the code."""
 
 import re
+import subprocess
+import sys
 from dataclasses import fields
-from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
+import torch
 import yaml
 from omegaconf import OmegaConf
-from prefix_sharing.training import DistributedConfig
-from prefix_sharing.training.config import ReferenceConfig, _check_component
 
-from prefix_dpo_answers import AnswersConfig
-from prefix_dpo_memory import MemoryConfig
-from prefix_dpo_stats import StatsConfig
-from prefix_sharing.attention import show
+from documents import PAGES, README, ROOT, blocks, commands, runs, runs_of, table
+from prefix_sharing.config import DistributedConfig, config_names, find_config
+from prefix_sharing.config.checks import check_component
+from prefix_sharing.config.schema import ReferenceConfig
+from prefix_sharing.datasets import prefix_preference_dataset
 from prefix_sharing.losses import CPOLoss, DPOLoss, ORPOLoss, PlackettLuceLoss, SimPOLoss
+from prefix_sharing.quickstart import tokenizer
+from prefix_sharing.reports import mask
+from prefix_sharing.scoring import ResponseLogProbs
+from runs import SHORT, as_overrides, tune_run
 
-DOCS = {file.name: file.read_text() for file in (Path(__file__).parents[1] / "docs").glob("*.md")}
-SNIPPETS = re.findall(r"```yaml\n(.*?)```", DOCS["data.md"], re.DOTALL)
-
-
-def test_every_key_is_documented_once_with_its_default():
-    table = re.findall(r"^\| `(\w+)` \| (.*?) \|", DOCS["settings.md"], re.MULTILINE)
-    known = [*fields(DistributedConfig), *fields(ReferenceConfig)]
-    for config_class in (StatsConfig, MemoryConfig, AnswersConfig):
-        known += [field for field in fields(config_class) if field.name not in DistributedConfig.__dataclass_fields__]
-    assert sorted(name for name, _ in table) == sorted(field.name for field in known)
-    defaults = {field.name: field.default for field in known}
-    for name, default in table:
-        if default not in ("", "required", "null"):
-            assert default == f"`{defaults[name]}`"
+RECIPES, GUIDE = PAGES["recipes.md"], "\n".join(text for name, text in PAGES.items() if not name.startswith("api/"))
+SNIPPETS = blocks(PAGES["data.md"], "yaml")
+SHORT_OVERRIDES = as_overrides(SHORT)
 
 
-def test_the_mask_shown_is_the_one_that_is_drawn(capsys, monkeypatch):
-    (command,) = re.findall(r"`python -m prefix_sharing.attention.show (.*?)`", DOCS["how_it_works.md"])
-    monkeypatch.setattr("sys.argv", ["show", *command.split()])
-    show.main()
-    drawn = capsys.readouterr().out.splitlines()[:-1]
-    (picture,) = re.findall(r"```\n(█.*?)\n```", DOCS["how_it_works.md"], re.DOTALL)
-    assert picture.splitlines() == drawn
+@pytest.mark.slow
+def test_commands_around_a_run_work(tmp_path):
+    train, *_ = runs_of("prefix_dpo_single_device", RECIPES)
+    stats, *_ = runs_of("prefix_dpo_stats", RECIPES)
+    answers, *_ = runs_of("prefix_dpo_answers", RECIPES)
+    for command, more in ((stats, []), (train, []), (answers, ["max_new_tokens=8"])):
+        done = tune_run(*command, *SHORT_OVERRIDES, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "quickstart_output" / "stats" / "lengths.png").exists()
+    assert "**after training**" in (tmp_path / "quickstart_output" / "answers.md").read_text()
 
 
-def test_every_part_that_is_named_is_there():
-    package = Path(show.__file__).parents[1]
-    parts = re.findall(r"`(\w+(?:/|\.py))`", DOCS["how_it_works.md"])
-    assert len(parts) >= 9
-    assert all((package / part).exists() for part in parts)
+@pytest.mark.slow
+def test_the_memory_command_works(tmp_path):
+    command = next(run for run in runs(RECIPES) if "prefix_dpo_memory" in run)
+    smaller = ["model._component_=torchtune.models.llama3_2.llama3_2_1b", "pack_len=512", "device_memory=10GiB"]
+    done = tune_run(*command, *smaller, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"It fits into 9.00 GiB.*\nThe longest pack_len that fits", done.stdout)
 
 
-def test_every_component_named_exists():
-    for text in DOCS.values():
-        for path in set(re.findall(r"(?:prefix_sharing|torchtune)(?:\.\w+)+", text)):
-            resolve_name(path.removesuffix(".reference.cache"))
+def test_masks_are_drawn_as_shown(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    in_recipes = [line for line in commands(RECIPES) if "reports.mask" in line]
+    in_text = re.findall(r"`python -m (prefix_sharing.reports.mask .*?)`", PAGES["how_it_works.md"])
+    drawn = []
+    for command in [*in_recipes, *in_text]:
+        monkeypatch.setattr("sys.argv", command[command.index("prefix_sharing.reports.mask") :].split())
+        mask.main()
+        drawn.append([line for line in capsys.readouterr().out.splitlines() if line and set(line) <= {"█", "·"}])
+    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+    for text, picture in ((README, drawn[0]), (PAGES["how_it_works.md"], drawn[-1])):
+        shown = next(block for block in blocks(text) if "█" in block)
+        assert [line.split()[0] for line in shown.strip().splitlines()] == picture
+
+
+def test_the_reference_cache_is_listed(tmp_path):
+    command = next(line for line in commands(PAGES["reference.md"]) if "--clear" not in line)
+    environment = {"HF_DATASETS_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    arguments = [sys.executable, *command.split()[1:]]
+    assert subprocess.run(arguments, env=environment, capture_output=True, check=True).stdout
+
+
+def test_every_config_is_listed_and_exists():
+    assert sorted(cells[0].strip("`") for cells in table(PAGES["configs.md"], "config")) == config_names()
+    for cells in table(PAGES["configs.md"], "config"):
+        assert ("distributed" in cells[1]) == ("distributed" in cells[0]) == ("nproc_per_node" in cells[2])
+    for run in runs(GUIDE):
+        name = run[run.index("--config") + 1]
+        assert name.endswith(".yaml") or name == "..." or find_config(name)
+
+
+def test_settings_are_up_to_date():
+    sys.path.insert(0, str(ROOT / "docs"))
+    assert resolve_name("make_settings:settings")() == PAGES["settings.md"], "run python docs/make_settings.py"
+
+
+def test_every_setting_is_explained():
+    for name, *_, meaning in re.findall(r"^\| `(\w+)` \|(.*)\|(.*)\|(.*)\|$", PAGES["settings.md"], re.MULTILINE):
+        assert len(meaning) > 10, name
+
+
+def test_every_form_of_data_is_read(tmp_path):
+    forms = [(cells[0].split("`")[1], cells[1].strip("`")) for cells in table(PAGES["data.md"], "`format`")]
+    assert [name for name, _ in forms] == ["messages", "messages", "messages", "text", "hh", "ranked", "chat"]
+    for i, (name, record) in enumerate(forms):
+        # The table writes the second response as "[...]" where it is like the first.
+        chosen = re.search(r'"chosen": (\[.*?\])', record)
+        if chosen:
+            record = record.replace('"rejected": [...]', '"rejected": ' + chosen.group(1).replace('"A"', '"B"'))
+        file = tmp_path / f"{i}.jsonl"
+        file.write_text(record + "\n")
+        dataset = prefix_preference_dataset(tokenizer(), source="json", data_files=str(file))
+        assert len(dataset) == 1
+        forced = prefix_preference_dataset(tokenizer(), source="json", data_files=str(file), format=name)
+        assert [r.tokens.tolist() for r in forced[0]] == [r.tokens.tolist() for r in dataset[0]]
+
+
+def test_the_first_data_set_shown_is_read(tmp_path):
+    node = yaml.safe_load(SNIPPETS[0])["dataset"]
+    assert resolve_name(node.pop("_component_")) is prefix_preference_dataset
+    file = tmp_path / node.pop("data_files")
+    file.write_text('{"prompt": "Q", "chosen": "A", "rejected": "B"}\n' * 101)
+    assert len(prefix_preference_dataset(tokenizer(), data_files=str(file), **node)) == 1
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippets_give_the_builder_what_it_takes(snippet):
-    node = OmegaConf.create(yaml.safe_load(snippet)).dataset
-    _check_component("dataset", node)
+    check_component("dataset", OmegaConf.create(yaml.safe_load(snippet)).dataset)
+
+
+def test_the_loss_shown_works():
+    shown = next(block for block in blocks(PAGES["losses.md"], "python") if "class MarginLoss" in block)
+    names = {}
+    exec(shown, names)
+    loss = names["MarginLoss"](margin=2.0)
+    log_probs = torch.tensor([[-1.0, -2.5], [-3.0, -1.0]])
+    policy = ResponseLogProbs(log_probs=log_probs, num_scored=torch.ones(2, 2))
+    assert loss.needs.reference
+    assert loss(policy, torch.zeros(2, 2)).losses.tolist() == [0.5, 4.0]
+
+
+def test_losses_have_the_keys_listed():
+    for cells in table(PAGES["losses.md"], "loss"):
+        known = {field.name for field in fields(resolve_name(cells[0].strip("`")))}
+        keys = set(re.findall(r"`(\w+)`", cells[2])) & {*known, "beta", "label_smoothing"}
+        assert keys <= known
+        if "fine-tuning" not in cells[2]:
+            assert keys == known, cells[0]
+
+
+def test_every_part_that_is_named_is_there():
+    package = ROOT / "components" / "prefix_sharing"
+    parts = [cells[1].strip("`") for cells in table(PAGES["how_it_works.md"], "what")]
+    assert len(parts) >= 9
+    assert all((package / part).exists() for part in parts)
+    rooms = {part.name for part in package.iterdir() if (part / "__init__.py").exists()}
+    assert rooms - {part.strip("/") for part in parts} == {"quickstart"}
+    assert {file.stem for file in (ROOT / "docs" / "api").iterdir()} <= {*rooms, "scoring"}
+
+
+def test_every_component_named_exists():
+    for text in PAGES.values():
+        for path in set(re.findall(r"(?:prefix_sharing|torchtune)(?:\.\w+)+", text)):
+            resolve_name(path)
 
 
 def test_keys_that_migration_and_troubleshooting_name_exist():
     known = {field.name for field in (*fields(DistributedConfig), *fields(ReferenceConfig))}
     for loss in (DPOLoss, SimPOLoss, ORPOLoss, CPOLoss, PlackettLuceLoss):
         known |= {field.name for field in fields(loss)}
-    text = DOCS["migration.md"] + DOCS["troubleshooting.md"]
+    text = PAGES["migration.md"] + PAGES["troubleshooting.md"]
     for key in re.findall(r"`(?:loss|reference)\.(\w+)", text):
         assert key in known | {"_component_"}, key
     for key in re.findall(r"`((?:fsdp|enable|run_val|global|pack)_\w+)", text):

@@ -6,16 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from plain import FAMILIES, plain_log_probs, response
-from runs import eval_log, losses, run_in_process, training_log
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from plain import FAMILIES, plain_log_probs, response
 from prefix_sharing import scoring
 from prefix_sharing.datasets import prefix_preference_dataset
 from prefix_sharing.hosts import load_checkpoint, to_tree_model
 from prefix_sharing.losses import DPOLoss, ORPOLoss, SimPOLoss
 from prefix_sharing.quickstart import tokenizer
 from prefix_sharing.trees import PrefixTree, Row, RowOptions
+from runs import eval_log, losses, run_in_process, training_log
 
 
 def plain_and_tree(family="llama3"):

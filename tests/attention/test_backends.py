@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain import response, rows_of_examples
 
+from plain import response, rows_of_examples
 from prefix_sharing.attention import (
     ChainsMask,
     FlexMask,
@@ -147,7 +147,7 @@ def test_kernel_options_reach_flex_attention(monkeypatch):
         assert seen.pop()["kernel_options"] == options
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's and FlashAttention's backward need a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("at_predictors", [False, True])
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance"),

@@ -2,9 +2,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain import rows_of_examples
 from torch.nn.attention.flex_attention import create_block_mask
 
+from plain import rows_of_examples
 from prefix_sharing.attention import tree_block_mask
 from prefix_sharing.trees import Row, RowOptions
 

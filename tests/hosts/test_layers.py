@@ -1,9 +1,9 @@
 """Activation checkpointing: what is computed again, and what is not."""
 
 import torch
-from plain import FAMILIES, response
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from plain import FAMILIES, response
 from prefix_sharing.hosts import checkpoint_activations, to_tree_model
 from prefix_sharing.trees import Row
 

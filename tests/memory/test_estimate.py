@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from runs import make_config
 
 from prefix_sharing.config import DistributedConfig
 from prefix_sharing.memory.estimate import MOST_TOKENS, full_row, longest_row, peak_memory_estimate
+from runs import make_config
 
 EXAMPLE = [256, 128, 128]
 NUM_TOKENS = 1024
@@ -84,7 +84,7 @@ def test_the_longest_row_that_fits_is_found_by_trying(bytes_per_token, fixed, be
     most = min((usable - fixed) / bytes_per_token, MOST_TOKENS)
     assert found % 128 == 0
     assert most - max(128, most / 8) - 128 <= found <= most
-    assert len(tried) == len(set(tried)) <= 16
+    assert len(tried) == len(set(tried)) <= 12
 
 
 def test_nothing_is_tried_beyond_the_longest_row():

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from runs import losses, run_in_process, training_log
 from safetensors.torch import load_file
 from torchtune import rlhf
 from torchtune.data import padded_collate_dpo
@@ -15,6 +14,7 @@ from torchtune.rlhf.loss import DPOLoss
 from prefix_sharing.hosts.torchtune.paired import as_torchtunes_sample
 from prefix_sharing.planning import ExampleSizes, Fixed, Plan
 from prefix_sharing.quickstart import preference_pairs, tokenizer
+from runs import losses, run_in_process, training_log
 
 DIMS = {"vocab_size": 2048, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 128, "max_seq_len": 512}
 STEPS = 20

@@ -5,13 +5,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from plain import response
-from runs import lora, make_config, make_recipe, run_in_process, tune_run
 
+from plain import response
 from prefix_dpo_answers import AnswersConfig, PrefixDPOAnswers, header_length, split_at_answer
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.hosts.torchtune import AnswerModel
 from prefix_sharing.quickstart import tokenizer
+from runs import lora, make_config, make_recipe, run_in_process, tune_run
 
 
 def answers_of(directory, **overrides):

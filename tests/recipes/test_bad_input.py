@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from runs import SHORT, run_in_process
 
 import prefix_dpo_single_device
+from runs import SHORT, run_in_process
 
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 BUILDER = ["dataset=prefix_sharing.datasets.prefix_preference_dataset", "~dataset.num_pairs", "~dataset.seed"]

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from runs import tune_run
 
 from prefix_dpo_benchmark import BenchmarkConfig, PrefixDPOBenchmark, reference_like
 from prefix_sharing.benchmark.bare import RecordProducts
 from prefix_sharing.benchmark.workloads import DATASETS, draw_lengths, pairs_in
 from prefix_sharing.config import check_config, find_config
 from prefix_sharing.errors import UserError
+from runs import tune_run
 
 FORMATS = ["torchtune", "trl", "paired_packed", "prefix", "prefix_packed"]
 if importlib.util.find_spec("trl") is None:

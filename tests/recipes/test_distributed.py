@@ -2,6 +2,7 @@
 
 import pyarrow.parquet as pq
 import pytest
+
 from runs import SHORT, eval_log, load_plain_model, losses, run_distributed, run_in_process, tune_run
 
 KEYS = SHORT | {"dataset.num_pairs": 160, "max_steps_per_epoch": 12, "batch_size": 2}

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from runs import evaluated_log_probs, run_in_process, transformers_log_probs
 
 from prefix_sharing.quickstart import preference_pairs, tokenizer
+from runs import evaluated_log_probs, run_in_process, transformers_log_probs
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

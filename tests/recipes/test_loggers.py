@@ -1,6 +1,7 @@
 """torchtune's loggers take the metrics as they are named."""
 
 import pytest
+
 from runs import run_in_process, training_log
 
 KEYS = {"max_steps_per_epoch": 2, "dataset_val": None}

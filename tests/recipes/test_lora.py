@@ -6,6 +6,15 @@ import math
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torchtune.modules.peft import disable_adapter
+
+from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
+from prefix_sharing.config import find_config
+from prefix_sharing.errors import UserError
+from prefix_sharing.quickstart import preference_pairs, tokenizer
+from prefix_sharing.run import set_up_device
+from prefix_sharing.trees import Row
 from runs import (
     MODEL,
     eval_log,
@@ -20,15 +29,6 @@ from runs import (
     training_log,
     transformers_log_probs,
 )
-from safetensors.torch import load_file
-from torchtune.modules.peft import disable_adapter
-
-from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
-from prefix_sharing.config import find_config
-from prefix_sharing.errors import UserError
-from prefix_sharing.quickstart import preference_pairs, tokenizer
-from prefix_sharing.run import set_up_device
-from prefix_sharing.trees import Row
 
 # NF4 wants weights of a multiple of 64 * 256 numbers, on each rank.
 QUANTIZABLE = {**MODEL, "embed_dim": 256, "intermediate_dim": 384}

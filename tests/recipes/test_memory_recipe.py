@@ -3,11 +3,11 @@
 import re
 
 import pytest
-from runs import lora, make_config, tune_run
 
 from prefix_dpo_memory import MemoryConfig, PrefixDPOMemory, describe_bytes
 from prefix_sharing.errors import UserError
 from prefix_sharing.memory.estimate import full_row, peak_memory_estimate
+from runs import lora, make_config, tune_run
 
 PARAMETERS = 1_078_144  # of the quickstart's model
 

@@ -6,11 +6,11 @@ import math
 
 import pytest
 from omegaconf import OmegaConf
-from runs import eval_log, losses, run_distributed, run_in_process, training_log
 
 from prefix_sharing.config import find_config
 from prefix_sharing.errors import UserError
 from prefix_sharing.quickstart.pairs import generate_pairs
+from runs import eval_log, losses, run_distributed, run_in_process, training_log
 
 BUILDER = "prefix_sharing.datasets.prefix_preference_dataset"
 

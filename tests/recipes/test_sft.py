@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from runs import eval_log, losses, run_in_process, training_log
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from torchtune.data import padded_collate_packed
@@ -15,6 +14,7 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from prefix_sharing.quickstart import tokenizer
 from prefix_sharing.quickstart.pairs import generate_pairs
+from runs import eval_log, losses, run_in_process, training_log
 
 DIMS = {"vocab_size": 2048, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 128, "max_seq_len": 512}
 EPOCHS = 6

@@ -8,7 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from omegaconf import OmegaConf
+
+import prefix_dpo_single_device
 from plain import plain_log_probs
+from prefix_sharing.config import TrainingConfig, check_config
+from prefix_sharing.errors import UserError
+from prefix_sharing.quickstart import preference_pairs, tokenizer
+from prefix_sharing.tokenizers import hf_chat_tokenizer
 from runs import (
     eval_log,
     evaluated_log_probs,
@@ -22,12 +28,6 @@ from runs import (
     training_log,
     transformers_log_probs,
 )
-
-import prefix_dpo_single_device
-from prefix_sharing.config import TrainingConfig, check_config
-from prefix_sharing.errors import UserError
-from prefix_sharing.quickstart import preference_pairs, tokenizer
-from prefix_sharing.tokenizers import hf_chat_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ import re
 
 import numpy as np
 import pytest
-from plain import response
-from runs import make_config
 
+from plain import response
 from prefix_dpo_stats import PrefixDPOStats, StatsConfig
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.reports.lengths import mark_example, prefix_ratio, shared_prefix
 from prefix_sharing.reports.lengths import measure_lengths as measure
+from runs import make_config
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from runs import SHORT, as_overrides, losses, tune_run
 
 import prefix_dpo_distributed
 import prefix_dpo_single_device
 from prefix_sharing.config import config_names, find_config
+from runs import SHORT, as_overrides, losses, tune_run
 
 ROOT = Path(__file__).parents[2]
 OVERRIDES = as_overrides(SHORT)

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 import torch
 from omegaconf import OmegaConf
-from plain import plain_log_probs
 from torchtune.models.llama3 import llama3
 
+from plain import plain_log_probs
 from prefix_sharing import quickstart
 from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.datasets import PreferenceOptions, StepLoader, preference_dataset_from_records

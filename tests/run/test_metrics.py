@@ -1,7 +1,7 @@
 import pytest
 import torch
-from plain import response
 
+from plain import response
 from prefix_sharing.losses import LossOutput
 from prefix_sharing.run import StepMetrics
 from prefix_sharing.scoring import ResponseLogProbs

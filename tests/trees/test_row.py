@@ -1,8 +1,8 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from plain import plain_num_scored, rows_of_examples
 
+from plain import plain_num_scored, rows_of_examples
 from prefix_sharing.trees import PrefixTree, Row, RowOptions, bucket_length
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 from hypothesis import given
-from plain import examples, response
 
+from plain import examples, response
 from prefix_sharing.trees import PrefixTree
 
 

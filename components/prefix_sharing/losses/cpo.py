@@ -18,20 +18,19 @@ from prefix_sharing.scoring import ResponseLogProbs
 
 @dataclass(frozen=True)
 class CPOLoss(Loss):
-    r"""The loss of `Contrastive Preference Optimization <https://arxiv.org/abs/2401.08417>`_, without a reference.
+    r"""The loss of [Contrastive Preference Optimization](https://arxiv.org/abs/2401.08417), without a reference.
 
-    With :math:`h = \beta (\log\pi(y_w|x) - \log\pi(y_l|x))`:
+    With $h = \beta (\log\pi(y_w|x) - \log\pi(y_l|x))$:
 
-    .. math::
-        L = -(1 - \epsilon) \log\sigma(h) - \epsilon \log\sigma(-h) - \frac{\alpha}{|y_w|} \log\pi(y_w|x)
+    $$L = -(1 - \epsilon) \log\sigma(h) - \epsilon \log\sigma(-h) - \frac{\alpha}{|y_w|} \log\pi(y_w|x)$$
 
     The last term is averaged within the pair, so every pair weighs the same. The reward of a response is
-    :math:`\beta \log\pi(y|x)`; :math:`|y|` counts scored tokens.
+    $\beta \log\pi(y|x)$; $|y|$ counts scored tokens.
 
     Args:
         beta (float): scale of the log-probs. Default: 0.1.
         cpo_alpha (float): weight of the negative log-likelihood of the chosen response. Default: 1.0.
-        label_smoothing (float): probability :math:`\epsilon` that a preference is the wrong way round. Default: 0.0.
+        label_smoothing (float): probability $\epsilon$ that a preference is the wrong way round. Default: 0.0.
 
     Raises:
         ValueError: if ``beta`` is not positive, ``cpo_alpha`` negative, or ``label_smoothing`` not in [0, 0.5).

@@ -61,51 +61,47 @@ F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
 
 @dataclass(frozen=True)
 class DPOLoss(Loss):
-    r"""The loss of `Direct Preference Optimization <https://arxiv.org/abs/2305.18290>`_, or one of its relatives.
+    r"""The loss of [Direct Preference Optimization](https://arxiv.org/abs/2305.18290), or one of its relatives.
 
-    With the log-ratios :math:`w = \log\frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)}` of the chosen and :math:`l` of the rejected
-    response, and :math:`h = \beta (w - l)`:
+    With the log-ratios $w = \log\frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)}$ of the chosen and $l$ of the rejected
+    response, and $h = \beta (w - l)$:
 
-    ================ ======================================================================== =====================
-    ``loss_type``    loss                                                                     from
-    ================ ======================================================================== =====================
-    ``sigmoid``      :math:`-(1 - \epsilon) \log\sigma(h) - \epsilon \log\sigma(-h)`           arXiv 2305.18290
-    ``sigmoid_norm`` the same of log-ratios per scored token                                  arXiv 2411.15124
-    ``hinge``        :math:`\max(0, 1 - h)`                                                   arXiv 2309.06657
-    ``ipo``          :math:`(w - l - \frac{1}{2\beta})^2` of log-ratios per scored token       arXiv 2310.12036
-    ``aot``          ``sigmoid`` of sorted margins, those of the policy less those of the         arXiv 2406.05882
-                     reference
-    ``aot_unpaired`` ``sigmoid`` of sorted log-ratios, the chosen less the rejected           arXiv 2406.05882
-    ``robust``       ``sigmoid`` less the expected effect of wrong labels                     arXiv 2403.00409
-    ``exo_pair``     :math:`KL(p_\theta \| p_{r})` over the pair                              arXiv 2402.00856
-    ``bco_pair``     :math:`-\log\sigma(\beta w) - \log\sigma(-\beta l)`                       arXiv 2404.04656
-    ``nca_pair``     :math:`-\log\sigma(\beta w) - \frac12 (\log\sigma(-\beta w) +
-                     \log\sigma(-\beta l))`                                                   arXiv 2402.05369
-    ``sppo_hard``    :math:`(w - \frac{1}{2\beta})^2 + (l + \frac{1}{2\beta})^2`              arXiv 2405.00675
-    ``apo_zero``     :math:`\sigma(-\beta w) + \sigma(\beta l)`                               arXiv 2408.06266
-    ``apo_down``     :math:`\sigma(\beta w) + \sigma(\beta (l - w))`                          arXiv 2408.06266
-    ================ ======================================================================== =====================
+    | ``loss_type`` | loss | from |
+    | --- | --- | --- |
+    | ``sigmoid`` | $-(1 - \epsilon) \log\sigma(h) - \epsilon \log\sigma(-h)$ | arXiv 2305.18290 |
+    | ``sigmoid_norm`` | the same of log-ratios per scored token | arXiv 2411.15124 |
+    | ``hinge`` | $\max(0, 1 - h)$ | arXiv 2309.06657 |
+    | ``ipo`` | $(w - l - \frac{1}{2\beta})^2$ of log-ratios per scored token | arXiv 2310.12036 |
+    | ``aot`` | ``sigmoid`` of sorted margins, those of the policy less those of the reference | arXiv 2406.05882 |
+    | ``aot_unpaired`` | ``sigmoid`` of sorted log-ratios, the chosen less the rejected | arXiv 2406.05882 |
+    | ``robust`` | ``sigmoid`` less the expected effect of wrong labels | arXiv 2403.00409 |
+    | ``exo_pair`` | $KL(p_\theta \Vert p_{r})$ over the pair | arXiv 2402.00856 |
+    | ``bco_pair`` | $-\log\sigma(\beta w) - \log\sigma(-\beta l)$ | arXiv 2404.04656 |
+    | ``nca_pair`` | $-\log\sigma(\beta w) - \frac12 (\log\sigma(-\beta w) + \log\sigma(-\beta l))$ | arXiv 2402.05369 |
+    | ``sppo_hard`` | $(w - \frac{1}{2\beta})^2 + (l + \frac{1}{2\beta})^2$ | arXiv 2405.00675 |
+    | ``apo_zero`` | $\sigma(-\beta w) + \sigma(\beta l)$ | arXiv 2408.06266 |
+    | ``apo_down`` | $\sigma(\beta w) + \sigma(\beta (l - w))$ | arXiv 2408.06266 |
 
-    The reward of a response is :math:`\beta \log(\pi / \pi_{ref})`, per scored token where the loss is. The two that
+    The reward of a response is $\beta \log(\pi / \pi_{ref})$, per scored token where the loss is. The two that
     sort compare distributions; as TRL sorts the pairs of a micro-batch, they sort those of a Row, and so are the only
     ones that depend on packing.
 
     Args:
         beta (float): how strongly the policy is held to the reference; 0.1 to 0.5 are usual. Default: 0.1.
-        label_smoothing (float): probability :math:`\epsilon` that a preference is the wrong way round, as in
-            `conservative DPO <https://ericmitchell.ai/cdpo.pdf>`_; for ``sigmoid``, ``sigmoid_norm``, ``aot``,
+        label_smoothing (float): probability $\epsilon$ that a preference is the wrong way round, as in
+            [conservative DPO](https://ericmitchell.ai/cdpo.pdf); for ``sigmoid``, ``sigmoid_norm``, ``aot``,
             ``aot_unpaired``, ``robust`` and ``exo_pair``, which needs it. Default: 0.0.
         loss_type (str): see the table. Default: ``sigmoid``.
-        f_divergence (str): what holds the policy to the reference, of `f-DPO <https://arxiv.org/abs/2309.16240>`_:
-            ``reverse_kl``, ``forward_kl``, ``js_divergence`` or ``alpha_divergence``; for losses of :math:`h`.
+        f_divergence (str): what holds the policy to the reference, of [f-DPO](https://arxiv.org/abs/2309.16240):
+            ``reverse_kl``, ``forward_kl``, ``js_divergence`` or ``alpha_divergence``; for losses of $h$.
             Default: ``reverse_kl``.
         f_alpha (float): of ``alpha_divergence``; 1 is ``reverse_kl``. Default: 0.5.
         ld_alpha (float): weight, from 0 to 1, of the tokens by which a response is longer than the other of its pair,
-            in all log-probs, as in `LD-DPO <https://arxiv.org/abs/2409.06411>`_; for pairs. Default: 1.0.
+            in all log-probs, as in [LD-DPO](https://arxiv.org/abs/2409.06411); for pairs. Default: 1.0.
         use_weighting (bool): whether each pair is weighed by how likely the policy itself were to give its responses,
-            eq. 2 of `WPO <https://arxiv.org/abs/2406.11827>`_. Default: False.
-        rpo_alpha (float): weight of the negative log-likelihood of the chosen response, per scored token, that `RPO
-            <https://arxiv.org/abs/2404.19733>`_ adds. Default: 0.0.
+            eq. 2 of [WPO](https://arxiv.org/abs/2406.11827). Default: False.
+        rpo_alpha (float): weight of the negative log-likelihood of the chosen response, per scored token, that
+            [RPO](https://arxiv.org/abs/2404.19733) adds. Default: 0.0.
 
     Raises:
         ValueError: if an argument is out of range, or two do not go together.

@@ -14,18 +14,17 @@ from prefix_sharing.scoring import ResponseLogProbs
 
 @dataclass(frozen=True)
 class ORPOLoss(Loss):
-    r"""The loss of `ORPO: Monolithic Preference Optimization without Reference Model <https://arxiv.org/abs/2403.07691>`_.
+    r"""The loss of [ORPO: Monolithic Preference Optimization without Reference Model](https://arxiv.org/abs/2403.07691).
 
-    With :math:`\log p(y) = \frac{1}{|y|}\log\pi(y|x)` and :math:`odds(y) = p(y) / (1 - p(y))`:
+    With $\log p(y) = \frac{1}{|y|}\log\pi(y|x)$ and $odds(y) = p(y) / (1 - p(y))$:
 
-    .. math::
-        L = -\log p(y_w) - \beta \log\sigma\left(\log\frac{odds(y_w)}{odds(y_l)}\right)
+    $$L = -\log p(y_w) - \beta \log\sigma\left(\log\frac{odds(y_w)}{odds(y_l)}\right)$$
 
     The first term is the negative log-likelihood over the chosen response's scored tokens, averaged within the pair, so
-    every pair weighs the same. The reward of a response is :math:`\beta \log p(y)`.
+    every pair weighs the same. The reward of a response is $\beta \log p(y)$.
 
     Args:
-        beta (float): weight of the odds ratio, the paper's :math:`\lambda`. Default: 0.1.
+        beta (float): weight of the odds ratio, the paper's $\lambda$. Default: 0.1.
         nll_over_prompt (bool): whether the first term is over the tokens of prompt and chosen response, as TRL's
             trainer has it; for pairs. Default: False.
 

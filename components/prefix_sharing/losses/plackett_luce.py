@@ -18,13 +18,12 @@ from prefix_sharing.scoring import ResponseLogProbs
 
 @dataclass(frozen=True)
 class PlackettLuceLoss(Loss):
-    r"""DPO's loss of a ranking, `Direct Preference Optimization <https://arxiv.org/abs/2305.18290>`_, appendix A.3.
+    r"""DPO's loss of a ranking, [Direct Preference Optimization](https://arxiv.org/abs/2305.18290), appendix A.3.
 
-    With the rewards :math:`r_k = \beta \log\frac{\pi(y_k|x)}{\pi_{ref}(y_k|x)}` and :math:`W_k`, the responses that
-    :math:`y_k` is paired with as the better one:
+    With the rewards $r_k = \beta \log\frac{\pi(y_k|x)}{\pi_{ref}(y_k|x)}$ and $W_k$, the responses that
+    $y_k$ is paired with as the better one:
 
-    .. math::
-        L = -\sum_{k: W_k \neq \emptyset} \log\frac{\exp(r_k)}{\exp(r_k) + \sum_{j \in W_k} \exp(r_j)}
+    $$L = -\sum_{k: W_k \neq \emptyset} \log\frac{\exp(r_k)}{\exp(r_k) + \sum_{j \in W_k} \exp(r_j)}$$
 
     The data set's ``pairs`` decides what that is: with ``all`` the Plackett-Luce model of the ranking, in which tied
     responses do not compete; with ``best_vs_rest`` its first factor, the best against all others at once. For K = 2 it

@@ -18,14 +18,13 @@ from prefix_sharing.scoring import ResponseLogProbs
 
 @dataclass(frozen=True)
 class SimPOLoss(Loss):
-    r"""The loss of `SimPO: Simple Preference Optimization with a Reference-Free Reward <https://arxiv.org/abs/2405.14734>`_.
+    r"""The loss of [SimPO: Simple Preference Optimization with a Reference-Free Reward](https://arxiv.org/abs/2405.14734).
 
-    With :math:`h = \frac{1}{|y_w|}\log\pi(y_w|x) - \frac{1}{|y_l|}\log\pi(y_l|x)`:
+    With $h = \frac{1}{|y_w|}\log\pi(y_w|x) - \frac{1}{|y_l|}\log\pi(y_l|x)$:
 
-    .. math::
-        L = -(1 - \epsilon) \log\sigma(\beta h - \gamma) - \epsilon \log\sigma(-(\beta h - \gamma))
+    $$L = -(1 - \epsilon) \log\sigma(\beta h - \gamma) - \epsilon \log\sigma(-(\beta h - \gamma))$$
 
-    The reward of a response is :math:`\frac{\beta}{|y|}\log\pi(y|x)`; :math:`|y|` counts scored tokens.
+    The reward of a response is $\frac{\beta}{|y|}\log\pi(y|x)$; $|y|$ counts scored tokens.
 
     Args:
         beta (float): scale of the rewards; the paper uses 2.0 to 10. Default: 2.0.
@@ -33,7 +32,7 @@ class SimPOLoss(Loss):
             ``gamma_beta_ratio``.
         gamma_beta_ratio (float | None): the margin as a share of ``beta``, as the paper tunes it. Default: None, which is
             0.25 unless ``gamma`` is given.
-        label_smoothing (float): probability :math:`\epsilon` that a preference is the wrong way round. Default: 0.0.
+        label_smoothing (float): probability $\epsilon$ that a preference is the wrong way round. Default: 0.0.
 
     Raises:
         ValueError: if ``beta`` is not positive, ``label_smoothing`` not in [0, 0.5), or both margins are given.

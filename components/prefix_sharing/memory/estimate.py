@@ -145,7 +145,7 @@ def _build_optimizer(cfg: DictConfig, model: TreeModel) -> torch.optim.Optimizer
 def longest_row(
     peak_of: Callable[[int], int], num_tokens: int, usable: float, step: int = 128, most: int = MOST_TOKENS
 ) -> int | None:
-    """The longest Row that fits, by trying: twice as long until one does not fit, then in between.
+    """The longest Row that fits, by trying: each one where the line through two others says that it just fits.
 
     Args:
         peak_of (Callable[[int], int]): bytes that a Row of so many tokens takes at its peak.
@@ -157,19 +157,35 @@ def longest_row(
     Returns:
         int | None: tokens, within an eighth of the longest that fits; None if not even ``step`` tokens fit.
     """
-    fits, too_long, length = 0, None, max(num_tokens // step, 1)  # in units of step
-    while too_long is None or too_long - fits > max(1, fits // 8):
-        if peak_of(length * step) <= usable:
+    peaks: dict[int, int] = {}
+    fits, too_long, length = 0, most // step + 1, max(num_tokens // step, 1)  # in units of step
+    while not peaks or fits + fits // 8 < min(length, too_long - 1):
+        peaks[length] = peak_of(length * step)
+        if peaks[length] <= usable:
             fits = length
         else:
             too_long = length
-        if too_long is not None:
-            length = (fits + too_long) // 2
-        elif fits * step >= most:
-            break
-        else:
-            length = min(2 * fits, most // step)
+        length = _where_it_just_fits(peaks, fits, too_long, usable)
     return fits * step or None
+
+
+def _where_it_just_fits(peaks: dict[int, int], fits: int, too_long: int, usable: float) -> int:
+    """Where the line through the two longest that fit reaches what is usable, or that through the two around it."""
+    longest = sorted(length for length in peaks if length <= fits)[-2:]
+    if not longest:
+        return too_long // 2
+    if len(longest) == 2:
+        guess = _where_line_reaches(usable, peaks, *longest)
+        if guess < too_long:
+            return guess
+    if too_long in peaks:
+        return max(_where_line_reaches(usable, peaks, fits, too_long), fits + fits // 8 + 1)
+    return min(2 * fits, too_long - 1) if len(longest) == 1 else too_long - 1
+
+
+def _where_line_reaches(usable: float, peaks: dict[int, int], a: int, b: int) -> int:
+    per_unit = (peaks[b] - peaks[a]) / (b - a)
+    return a + int((usable - peaks[a]) / per_unit) if per_unit > 0 else MOST_TOKENS
 
 
 class _OnlyThePeak:

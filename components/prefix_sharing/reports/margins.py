@@ -1,7 +1,7 @@
 """What training did to each held-out pair: a table, and a picture that tells too little training from too much.
 
 The margin of a pair is the log-prob of its chosen response less that of its rejected one. The picture shows its change
-over what it was, as `LIONs <https://arxiv.org/abs/2407.06542>`_ compares models: one trained too little leaves the
+over what it was, as [LIONs](https://arxiv.org/abs/2407.06542) compares models: one trained too little leaves the
 points at the line of no change; one trained too much throws them far off on both sides of it.
 """
 

@@ -7,6 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchtune.models.llama3_2 import llama3_2
+from torchtune.modules.layer_dropout import prepare_layer_dropout
+from torchtune.modules.model_fusion import DeepFusionModel
+
 from plain import (
     DIMS,
     FAMILIES,
@@ -18,10 +22,6 @@ from plain import (
     response,
     rows_of_examples,
 )
-from torchtune.models.llama3_2 import llama3_2
-from torchtune.modules.layer_dropout import prepare_layer_dropout
-from torchtune.modules.model_fusion import DeepFusionModel
-
 from prefix_sharing import scoring
 from prefix_sharing.errors import UserError
 from prefix_sharing.hosts import to_tree_model
