@@ -78,9 +78,9 @@ def settings() -> str:
         section("`prefix_dpo_single_device` and `prefix_dpo_distributed`", TrainingConfig),
         section("`reference`", ReferenceConfig),
         section("`prefix_dpo_distributed` only", DistributedConfig, TrainingConfig),
-        section("`prefix_dpo_stats`, besides those of training", StatsConfig, DistributedConfig),
-        section("`prefix_dpo_memory`, besides those of training", MemoryConfig, DistributedConfig),
-        section("`prefix_dpo_answers`, besides those of training", AnswersConfig, DistributedConfig),
+        section("`prefix_dpo_stats`, in addition to those of training", StatsConfig, DistributedConfig),
+        section("`prefix_dpo_memory`, in addition to those of training", MemoryConfig, DistributedConfig),
+        section("`prefix_dpo_answers`, in addition to those of training", AnswersConfig, DistributedConfig),
         section("`prefix_dpo_benchmark`", BenchmarkConfig),
     )
     return "\n\n".join(sections) + "\n"

@@ -73,7 +73,7 @@ class PrefixDPOMemory:
         cfg = self.cfg
         fixed_length = cfg.packing != "none" and cfg.pack_len not in (None, "auto")
         num_tokens = cfg.pack_len if fixed_length else (cfg.batch_size or 1) * sum(cfg.example)
-        log.info("Taking steps of %s on %d devices, without computing anything", cfg.model._component_, cfg.world_size)
+        log.info("Simulating training steps of %s on %d devices", cfg.model._component_, cfg.world_size)
         peaks: dict[int, PeakMemory] = {}
         with peak_memory_estimate(cfg, cfg.world_size) as peak_of, tqdm(desc="Rows tried", unit="Row") as progress:
 
@@ -88,7 +88,7 @@ class PrefixDPOMemory:
             configured = next(iter(peaks))
             longest = longest_row(total_of, num_tokens, self.usable)
         peak = peaks[configured]
-        print(f"\nPeak memory of each of {cfg.world_size:,} devices, and what holds it:")
+        print(f"\nPeak memory of each of {cfg.world_size:,} devices, by what takes it:")
         print("tokens per Row       peak  parameters   gradients   optimizer  activations")
         for length, of_row in sorted(peaks.items()):
             kinds = (of_row.total, of_row.parameters, of_row.gradients, of_row.optimizer_state, of_row.activations)

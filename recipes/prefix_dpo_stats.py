@@ -103,8 +103,9 @@ class PrefixDPOStats:
             print(f"{name:12} " + " ".join(f"{value:8,}" for value in values.values()))
         print(f"\nA prefix is {stats['median_prefix_ratio']:.2f} times as long as a response of its example (median).")
         print(
-            f"Without sharing, {stats['repeated_over_shared_tokens']:.2f} times the tokens; from the floating-point "
-            f"operations of this model, a step is expected to be {stats['expected_speed_up']:.2f} times as fast."
+            f"Without sharing there are {stats['repeated_over_shared_tokens']:.2f} times the tokens; by the "
+            "floating-point operations of this model, a step is expected to be "
+            f"{stats['expected_speed_up']:.2f} times as fast."
         )
         processes = "1 process" if self.cfg.world_size == 1 else f"{self.cfg.world_size:,} processes"
         print(

@@ -103,7 +103,7 @@ PACKED = {"batch_size": None, "gradient_accumulation_steps": None, "packing": "s
             PACKED | {"packing": "dataset", "pack_rows_per_step": 2},
             "'global_batch_size': not used with packing: dataset",
         ),
-        ({"global_batch_size": 8}, "'gradient_accumulation_steps': not used beside global_batch_size"),
+        ({"global_batch_size": 8}, "'gradient_accumulation_steps': not used with global_batch_size"),
         ({"dataset_val.packed": True}, "'dataset_val.packed': not used: held-out examples are packed as"),
         ({"dataset_val": None}, "'run_val_every_n_steps': not used without dataset_val"),
         (PACKED | {"global_batch_size": None}, "'global_batch_size': required with packing: step."),
@@ -217,7 +217,7 @@ def test_parse_reads_name_and_overrides(monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "Error: The recipe needs a config: --config NAME_OR_PATH."),
+        ([], "Error: No config given; use --config NAME_OR_PATH."),
         (["--config", "nowhere"], "Error: Config 'nowhere' not found."),
         (["--config", "quickstart/single_device", "batch_size"], "cannot be read: Command-line overrides must be"),
         (["--config", "quickstart/single_device", "--fast"], "cannot be read: Additional flag arguments not supported"),

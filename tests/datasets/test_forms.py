@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefix_sharing.datasets.forms import RecordError, check_format, recognise_format, to_conversations
+from prefix_sharing.datasets.forms import RecordError, check_format, recognize_format, to_conversations
 from prefix_sharing.errors import UserError
 
 
@@ -82,8 +82,8 @@ RECORDS = [
 
 
 @pytest.mark.parametrize(("format", "record", "expected"), RECORDS)
-def test_record_is_recognised_and_read(format, record, expected):
-    assert recognise_format({}, list(record), [record]) == format
+def test_record_is_recognized_and_read(format, record, expected):
+    assert recognize_format({}, list(record), [record]) == format
     assert to_conversations(record, format, {}) == expected
 
 
@@ -102,27 +102,27 @@ def test_openai_parts_and_tools_are_read():
 def test_columns_are_renamed_by_column_map():
     row = {"question": "q", "win": "good", "lose": "bad"}
     columns = {"prompt": "question", "chosen": "win", "rejected": "lose"}
-    assert recognise_format(columns, list(row), [row]) == "text"
+    assert recognize_format(columns, list(row), [row]) == "text"
     assert to_conversations(row, "text", columns) == EXPECTED
 
 
 def test_messages_may_be_the_chosen_ones_of_preference_data():
     row = {"prompt": "q", "chosen": turns("q", "good"), "rejected": turns("q", "bad"), "messages": turns("q", "x")}
     columns = {"messages": "chosen"}
-    assert recognise_format(columns, list(row), [row]) == "chat"
+    assert recognize_format(columns, list(row), [row]) == "chat"
     assert to_conversations(row, "chat", columns) == EXPECTED[:1]
     # without being told, a data set that has pairs is read as pairs
-    assert recognise_format({}, list(row), [row]) == "messages"
+    assert recognize_format({}, list(row), [row]) == "messages"
 
 
 def test_leading_empty_records_do_not_decide_the_format():
     rows = [{"chosen": None, "rejected": None}, {"chosen": turns("q", "a"), "rejected": turns("q", "b")}]
-    assert recognise_format({}, ["chosen", "rejected"], rows) == "messages"
+    assert recognize_format({}, ["chosen", "rejected"], rows) == "messages"
 
 
 def test_unknown_forms_are_refused_with_the_columns_there_are():
-    with pytest.raises(UserError, match="The columns are question, answer, which is none of the known forms"):
-        recognise_format({}, ["question", "answer"], [])
+    with pytest.raises(UserError, match="The columns question, answer match no known format"):
+        recognize_format({}, ["question", "answer"], [])
     with pytest.raises(UserError, match="unknown format 'sft'; choose from messages, text, hh, ranked, chat"):
         check_format("sft", {}, ["chosen"])
     with pytest.raises(UserError, match="text needs a column 'prompt', but the columns are chosen, rejected"):

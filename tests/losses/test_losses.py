@@ -169,9 +169,9 @@ def test_parameters_out_of_range_are_refused(make):
 
 
 def test_what_does_not_go_together_is_refused():
-    with pytest.raises(ValueError, match="use_weighting does not go with loss_type aot"):
+    with pytest.raises(ValueError, match="use_weighting cannot be combined with loss_type aot"):
         DPOLoss(loss_type="aot", use_weighting=True)
-    with pytest.raises(ValueError, match="does not go with loss_type apo_zero"):
+    with pytest.raises(ValueError, match="cannot be combined with loss_type apo_zero"):
         DPOLoss(loss_type="apo_zero", f_divergence="forward_kl")
     with pytest.raises(ValueError, match="exo_pair needs a label_smoothing above 0"):
         DPOLoss(loss_type="exo_pair")

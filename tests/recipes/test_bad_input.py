@@ -62,8 +62,8 @@ def write(tmp_path):
         ("bach_size=2", "Config key 'bach_size': unknown key. Did you mean 'batch_size'?"),
         ("attention_backend=flex", "'attention_backend': flex cannot train on cpu"),
         ("flex_kernel_options.BLOCK_M=64", "'flex_kernel_options': not used by the attention backend chains."),
-        ("model.vocab_size=300", "the model's vocabulary has 300; tokenizer and model do not belong together."),
-        ("model.max_seq_len=64", "but the model takes 64; set it to that or less."),
+        ("model.vocab_size=300", "the model's vocabulary has 300; tokenizer and model do not match."),
+        ("model.max_seq_len=64", "but the model takes at most 64; set it to that or less."),
         ("output_dir=/proc/nothing", "'output_dir': /proc/nothing cannot be written"),
         ("device=cuda", "'device': cuda is not available"),
         ("model.num_heads=3", "'model': torchtune.models.llama3.llama3: "),
@@ -79,7 +79,7 @@ def test_a_wrong_value(refused, override, message):
 
 
 def test_a_model_that_is_not_covered(refused):
-    assert "layers.0.attn has attn_dropout above 0, which prefix sharing does not cover" in refused(
+    assert "layers.0.attn has attn_dropout above 0, which prefix sharing does not support" in refused(
         "model.attn_dropout=0.1"
     )
 

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 @dataclass(frozen=True, eq=False)
 class TrainingState:
-    """What it takes to continue a run, beside the weights.
+    """What it takes to continue a run, in addition to the weights.
 
     Attributes:
         epochs_run (int): epochs that are finished.

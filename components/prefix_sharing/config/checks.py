@@ -131,7 +131,7 @@ def _check_training(cfg: DictConfig, given: set[str]) -> None:
     if required is not None and cfg[required] is None:
         raise ConfigError(required, f"required with packing: {cfg.packing}")
     if {"global_batch_size", "gradient_accumulation_steps"} <= given:
-        problem = "not used beside global_batch_size; remove one of the two (~KEY on the command line)"
+        problem = "not used with global_batch_size; remove one of the two (~KEY on the command line)"
         raise ConfigError("gradient_accumulation_steps", problem)
     if cfg.pack_len not in (None, "auto") and not (type(cfg.pack_len) is int and cfg.pack_len >= 1):
         raise ConfigError("pack_len", f"must be auto or a number of tokens, but is {cfg.pack_len}")

@@ -51,6 +51,6 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 
 
 def _config_directories() -> list[Path]:
-    """Where this package's configs are: beside the code when installed, at the top of a source tree."""
+    """Where this package's configs are: next to the code when installed, at the top of a source tree."""
     package = Path(__file__).parents[1]
     return [d for d in (package / "configs", package.parents[1] / "configs") if d.is_dir()]

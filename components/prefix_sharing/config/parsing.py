@@ -44,7 +44,7 @@ def parse(config_class: type) -> Callable[[Callable[[DictConfig], None]], Callab
 def _read_config() -> DictConfig:
     """The config named on the command line, with its overrides, by torchtune's own parser."""
     if "--config" not in sys.argv[:-1]:
-        raise UserError("The recipe needs a config: --config NAME_OR_PATH.")
+        raise UserError("No config given; use --config NAME_OR_PATH.")
     name_at = sys.argv.index("--config") + 1
     sys.argv[name_at] = find_config(sys.argv[name_at])
     read: list[DictConfig] = []

@@ -61,7 +61,7 @@ class ReferenceConfig:
     """The keys under ``reference``."""
 
     cache_dir: str | None = field(default_factory=default_cache_dir)
-    """Directory that keeps reference log-probs for later runs, by default beside the cache of ``datasets``; null turns
+    """Directory that keeps reference log-probs for later runs, by default next to the cache of ``datasets``; null turns
     the cache off."""
     precompute: bool = True
     """False keeps a frozen second model in memory instead of a pass over the data, for data that is used once."""

@@ -13,7 +13,7 @@ import datasets
 
 from prefix_sharing.config import one_line
 from prefix_sharing.datasets.dataset import PrefixPreferenceDataset
-from prefix_sharing.datasets.forms import Format, check_format, recognise_format
+from prefix_sharing.datasets.forms import Format, check_format, recognize_format
 from prefix_sharing.datasets.grouping import group_by_prompt as merge_by_prompt
 from prefix_sharing.datasets.ranking import PairStrategy
 from prefix_sharing.datasets.source import Source
@@ -55,7 +55,7 @@ def prefix_preference_dataset(
 ) -> PrefixPreferenceDataset:
     """Builds a preference data set from files or the hub, for a config.
 
-    The records may be in any form of ``prefix_sharing.datasets.forms``; which one is recognised from the columns and
+    The records may be in any form of ``prefix_sharing.datasets.forms``; which one is recognized from the columns and
     the first records. They are tokenized in parallel, once: ``datasets`` caches the result under a fingerprint of the
     records, the tokenizer, every argument here (the source of ``filter_fn`` included), and the code that tokenizes.
 
@@ -66,7 +66,7 @@ def prefix_preference_dataset(
         tokenizer (ChatTokenizer): one of torchtune's, or ``prefix_sharing.tokenizers.hf_chat_tokenizer``.
         source (str): hub name, or the kind of the local files in ``data_files`` (``json``, ``parquet``).
         split (str): which split. Default: "train".
-        format (Format | None): ``messages``, ``text``, ``hh``, ``ranked`` or ``chat``. Default: None, recognised.
+        format (Format | None): ``messages``, ``text``, ``hh``, ``ranked`` or ``chat``. Default: None, recognized.
         column_map (dict[str, str] | None): actual name of a column for each expected one that is named otherwise.
         masking_strategy (MaskingStrategy | None): which tokens are scored: those of every assistant turn
             (``train_on_assistant``, torchtune's convention and the default), of the last one (``train_on_last``, TRL's
@@ -169,8 +169,8 @@ def preference_dataset_from_records(
     columns = options.column_map
     if options.format is None:
         first = records.select(range(min(_RECORDS_TO_RECOGNISE, len(records)))).to_list()
-        form = recognise_format(columns, records.column_names, first)
-        log.info("%s: recognised format '%s'", name, form)
+        form = recognize_format(columns, records.column_names, first)
+        log.info("%s: recognized format '%s'", name, form)
     else:
         form = check_format(options.format, columns, records.column_names)
     if options.max_seq_len is None:

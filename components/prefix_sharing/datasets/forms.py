@@ -53,7 +53,7 @@ class RecordError(Exception):
         self.problem = problem
 
 
-def recognise_format(
+def recognize_format(
     columns: Mapping[str, str], column_names: Sequence[str], first_records: Sequence[Mapping]
 ) -> Format:
     """Tells the format of a data set from its columns and first records.
@@ -92,9 +92,8 @@ def recognise_format(
         if isinstance(chosen, str) and _HH_TURN.match(chosen):
             return "hh"
     raise UserError(
-        f"The columns are {', '.join(column_names)}, which is none of the known forms: chosen and rejected (message "
-        "lists or HH transcripts), prompt, chosen and rejected, prompt and responses, or messages; "
-        "name the columns with column_map."
+        f"The columns {', '.join(column_names)} match no known format: chosen and rejected (message lists or HH "
+        "transcripts), prompt, chosen and rejected, prompt and responses, or messages; rename columns with column_map."
     )
 
 
@@ -212,7 +211,7 @@ def _parse_messages(messages: list, key: str) -> list[Turn]:
         if role is None:
             raise RecordError(where, "has no 'role' (or 'from')")
         if not isinstance(role, str) or role not in _ROLES:
-            raise RecordError(f"{where}.{role_key}", f"is {role!r}, which is none of {', '.join(_ROLES)}")
+            raise RecordError(f"{where}.{role_key}", f"is {role!r}; choose from {', '.join(_ROLES)}")
         if isinstance(content, list):  # OpenAI's parts
             texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
             content = "".join(texts) if len(texts) == len(content) else content

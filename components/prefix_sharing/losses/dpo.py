@@ -123,13 +123,13 @@ class DPOLoss(Loss):
         if self.f_divergence not in F_DIVERGENCES:
             raise ValueError(f"f_divergence must be one of {', '.join(F_DIVERGENCES)}, not {self.f_divergence}.")
         if self.f_divergence != "reverse_kl" and self.loss_type in (*_OF_REWARDS, "aot"):
-            raise ValueError(f"f_divergence {self.f_divergence} does not go with loss_type {self.loss_type}.")
+            raise ValueError(f"f_divergence {self.f_divergence} cannot be combined with loss_type {self.loss_type}.")
         if self.loss_type == "exo_pair" and self.label_smoothing == 0:
             raise ValueError("loss_type exo_pair needs a label_smoothing above 0; its paper recommends 0.001.")
         if not 0 <= self.ld_alpha <= 1:
             raise ValueError(f"ld_alpha must be at least 0 and at most 1, not {self.ld_alpha}.")
         if self.use_weighting and self.loss_type in ("aot", "aot_unpaired"):
-            raise ValueError(f"use_weighting does not go with loss_type {self.loss_type}, whose losses are of no pair.")
+            raise ValueError(f"use_weighting cannot be combined with loss_type {self.loss_type}.")
         if self.rpo_alpha < 0:
             raise ValueError(f"rpo_alpha must not be negative, but is {self.rpo_alpha}.")
 

@@ -28,7 +28,7 @@ class LossOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class LossNeeds:
-    """What a loss needs beside the policy's log-probs; recipes compute what is asked for here and nothing else.
+    """What a loss needs in addition to the policy's log-probs; recipes compute what is asked for here and nothing else.
 
     Attributes:
         reference (bool): log-probs under the reference. Default: False.

@@ -40,7 +40,7 @@ def smoothed_log_sigmoid_loss(h: torch.Tensor, label_smoothing: float) -> torch.
 
 
 def require(value: torch.Tensor | None, what: str, loss: object) -> torch.Tensor:
-    """Refuses to go on without something that a loss needs.
+    """Refuses to continue without something that a loss needs.
 
     Args:
         value (torch.Tensor | None): the value.

@@ -87,7 +87,7 @@ def plot_scaling(scaling: dict[str, Sequence[dict[str, Any]]], title: str, file:
     """
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     panels = (
-        ("rows", "tokens", "tokens in a row", "step_s"),
+        ("rows", "tokens", "tokens in a Row", "step_s"),
         ("examples", "examples", "examples in the data set", "plan_s"),
     )
     for axes, (what, of, label, compared) in zip(figure.subplots(1, 2), panels, strict=True):

@@ -26,7 +26,7 @@ def visible(row: Row) -> np.ndarray:
     """The mask of a Row.
 
     Args:
-        row (Row): the Row.
+        row (Row): what is drawn.
 
     Returns:
         np.ndarray: True where the token of the first index may see that of the second, shape ``[s, s]``.
@@ -39,7 +39,7 @@ def mask_as_text(row: Row) -> str:
     """Draws the mask with characters: ``█`` seen, ``▒`` seen in part, ``·`` not seen.
 
     Args:
-        row (Row): the Row.
+        row (Row): what is drawn.
 
     Returns:
         str: a line for every token or group of tokens.
@@ -63,7 +63,7 @@ def save_mask_as_png(row: Row, file: str) -> None:
     """Draws the mask as a picture.
 
     Args:
-        row (Row): the Row.
+        row (Row): what is drawn.
         file (str): where to write it.
     """
     from matplotlib.colors import ListedColormap
@@ -91,7 +91,7 @@ def tree_of_lengths(lengths: str) -> list[Response]:
         lengths (str): such as ``6:4,3``.
 
     Returns:
-        list[Response]: responses that share a prefix of that length and go on for that many tokens each.
+        list[Response]: responses that share a prefix of that length, each followed by its own tokens.
 
     Raises:
         UserError: if the text has another form.

@@ -29,9 +29,9 @@ def build_datasets(
 
     Args:
         cfg (DictConfig): the run's config.
-        tokenizer (Any): the tokenizer.
-        model (TreeModel): the model.
-        loss (Loss): the loss.
+        tokenizer (Any): what makes tokens of the data.
+        model (TreeModel): the policy, whose vocabulary and length the data has to fit.
+        loss (Loss): the loss, which says whether it is for pairs, rankings or single responses.
 
     Returns:
         tuple[PrefixPreferenceDataset, PrefixPreferenceDataset | None]: those of ``dataset`` and ``dataset_val``; None
@@ -50,9 +50,9 @@ def build_dataset(key: str, cfg: DictConfig, tokenizer: Any, model: TreeModel, l
     Args:
         key (str): ``dataset`` or ``dataset_val``.
         cfg (DictConfig): the run's config.
-        tokenizer (Any): the tokenizer.
-        model (TreeModel): the model.
-        loss (Loss): the loss.
+        tokenizer (Any): what makes tokens of the data.
+        model (TreeModel): the policy, whose vocabulary and length the data has to fit.
+        loss (Loss): the loss, which says whether it is for pairs, rankings or single responses.
 
     Returns:
         PrefixPreferenceDataset: the data set.
@@ -63,17 +63,20 @@ def build_dataset(key: str, cfg: DictConfig, tokenizer: Any, model: TreeModel, l
     with rank_zero_first():
         dataset = instantiate(key, cfg[key], tokenizer)
     if not isinstance(dataset, PrefixPreferenceDataset):
-        problem = f"{cfg[key]._component_} makes a {type(dataset).__name__}; use "
+        problem = f"{cfg[key]._component_} returns a {type(dataset).__name__}; use "
         raise ConfigError(key, f"{problem}prefix_sharing.datasets.prefix_preference_dataset")
     if dataset.largest_id >= model.vocab_size:
         problem = (
-            f"the tokenizer makes token ids up to {dataset.largest_id}, but the model's vocabulary has "
-            f"{model.vocab_size}; tokenizer and model do not belong together"
+            f"the tokenizer has token ids up to {dataset.largest_id}, but the model's vocabulary has "
+            f"{model.vocab_size}; tokenizer and model do not match"
         )
         raise ConfigError(key, problem)
     if dataset.longest > model.max_seq_len:
-        problem = f"the longest response sequence has {dataset.longest} tokens, but the model takes {model.max_seq_len}"
-        raise ConfigError(f"{key}.max_seq_len", f"{problem}; set it to that or less")
+        problem = (
+            f"the longest response sequence has {dataset.longest} tokens, but the model takes at most "
+            f"{model.max_seq_len}; set it to that or less"
+        )
+        raise ConfigError(f"{key}.max_seq_len", problem)
     name = type(loss).__name__
     if loss.needs.pairs_only and dataset.num_responses > 2:
         problem = f"{name} as configured is for pairs, but there are examples of {dataset.num_responses} responses"
@@ -95,8 +98,8 @@ def build_loader(cfg: DictConfig, model: TreeModel, loss: Loss, device: torch.de
 
     Args:
         cfg (DictConfig): the run's config.
-        model (TreeModel): the model.
-        loss (Loss): the loss.
+        model (TreeModel): the policy, whose vocabulary and length the data has to fit.
+        loss (Loss): the loss, which says whether it is for pairs, rankings or single responses.
         device (torch.device): where it runs.
 
     Returns:
@@ -144,7 +147,7 @@ def build_plan(
         world_size=ranks.world_size,
     )
     if plan.steps_per_epoch == 0:
-        raise ConfigError("drop_last", f"leaves no step: the {len(dataset):,} examples are fewer than one step takes")
+        raise ConfigError("drop_last", f"leaves no steps: one step takes more than the {len(dataset):,} examples")
     log.info("%s steps per epoch, %s per step", f"{plan.steps_per_epoch:,}", describe_step(plan))
     return plan
 

@@ -45,7 +45,7 @@ class StepMetrics:
         """Adds one Row.
 
         Args:
-            row (Row): the Row.
+            row (Row): the Row, on the device of ``output``.
             output (ResponseLogProbs): what the model returned for it.
             loss (LossOutput): what the loss returned for that.
         """

@@ -77,8 +77,8 @@ class FiniteCheck:
         """Remembers the losses of a Row; nothing waits for the device.
 
         Args:
-            row (Row): the Row.
-            losses (torch.Tensor): its losses.
+            row (Row): the Row, for the examples it holds.
+            losses (torch.Tensor): ``LossOutput.losses`` of it.
         """
         losses = losses.detach()
         self._losses.append((row, losses))
@@ -89,7 +89,7 @@ class FiniteCheck:
 
         Args:
             grad_norm (torch.Tensor): the gradient's norm over all ranks, a scalar.
-            step (StepRows): the step.
+            step (StepRows): what the ranks have just computed.
             dataset (PrefixPreferenceDataset): the data set it is of.
             number (int): the step's number in the run, from 1.
 

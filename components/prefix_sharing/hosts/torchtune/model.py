@@ -314,8 +314,8 @@ def materialize(model: nn.Module, device: torch.device, parameter_device: torch.
 def _refuse_unsupported(model: TransformerDecoder) -> None:
     def require(name: str, part: object, *types: type) -> None:
         if type(part) not in types:
-            problem = f"{name} is a {type(part).__name__}, which prefix sharing does not cover; "
-            raise ConfigError("model", f"{problem}the families it covers are {SUPPORTED_FAMILIES}")
+            problem = f"{name} is a {type(part).__name__}, which prefix sharing does not support; "
+            raise ConfigError("model", f"{problem}supported families are {SUPPORTED_FAMILIES}")
 
     require("the model", model, TransformerDecoder)
     norms = (RMSNorm, GemmaRMSNorm)
@@ -344,4 +344,4 @@ def _refuse_unsupported(model: TransformerDecoder) -> None:
             require(f"{prefix}.attn.{projection}", getattr(layer.attn, projection), *linears)
         if layer.attn.q_norm is not None or layer.attn.attn_dropout > 0:
             what = "attn_dropout above 0" if layer.attn.attn_dropout > 0 else "q_norm"
-            raise ConfigError("model", f"{prefix}.attn has {what}, which prefix sharing does not cover; remove it")
+            raise ConfigError("model", f"{prefix}.attn has {what}, which prefix sharing does not support; remove it")

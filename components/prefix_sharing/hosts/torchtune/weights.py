@@ -193,7 +193,7 @@ def save_checkpoint(
 
 
 def _put_adapter_apart(epoch_dir: Path) -> None:
-    """Moves PEFT's files: beside a whole model, transformers would apply the adapter once more."""
+    """Moves PEFT's files: next to a whole model, transformers would apply the adapter a second time."""
     (epoch_dir / "adapter").mkdir(exist_ok=True)
     for file in epoch_dir.glob("adapter_*"):
         if file.suffix != ".pt":
