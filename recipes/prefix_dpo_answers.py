@@ -37,7 +37,7 @@ class AnswersConfig(DistributedConfig):
     num_prompts: int = at_least(1, default=4)
     """How many prompts to answer: the first ones of ``dataset_val``."""
     max_new_tokens: int = at_least(1, default=128)
-    """Most tokens in an answer."""
+    """Maximum number of tokens in an answer."""
     temperature: float = at_least(0, default=0.0)
     """Temperature of sampling; 0 takes the most likely token each time."""
 

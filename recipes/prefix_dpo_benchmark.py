@@ -81,9 +81,9 @@ class BenchmarkConfig:
     batch_size: int = at_least(1, default=4)
     """Pairs per micro-batch, where there is a fixed number."""
     pack_len: int = at_least(1, default=4096)
-    """Most tokens in a packed Row."""
+    """Maximum number of tokens in a packed Row."""
     longest: int = at_least(1, default=2048)
-    """Most tokens in a sequence."""
+    """Maximum number of tokens in a sequence."""
     beta: float = 0.1
     """``beta`` of the DPO loss."""
     rounds: int = at_least(1, default=3)

@@ -77,7 +77,7 @@ class PrefixDPORecipeDistributed:
         self.model = self.new_model()
         tokenizer = instantiate("tokenizer", cfg.tokenizer)
         self.dataset, self.dataset_val = build_datasets(cfg, tokenizer, self.model, self.loss)
-        self.load = build_loader(cfg, self.model, self.loss, self.device)
+        self.step_loader = build_loader(cfg, self.model, self.loss, self.device)
         self.activations_handling = self.model.offload_activations(cfg.enable_activation_offloading)
         self.checkpointer, checkpoint = load_checkpoint(
             "checkpointer", cfg.checkpointer, resume=cfg.resume_from_checkpoint, adapter=cfg.adapter_checkpoint
@@ -86,7 +86,7 @@ class PrefixDPORecipeDistributed:
         self.seed = choose_seed(cfg.seed if state is None else state.seed)
         self.plan = build_plan(cfg, self.dataset, self.model, self.loss, seed=self.seed, ranks=this_rank())
         self.plan_val = build_val_plan(cfg, self.dataset_val, self.model, ranks=this_rank())
-        log_plan(self.plan, self.dataset, self.load)
+        log_plan(self.plan, self.dataset, self.step_loader)
         self.epochs_run = 0 if state is None else state.epochs_run
         self.global_step = self.epochs_run * self.plan.steps_per_epoch
         self.num_steps = cfg.epochs * self.plan.steps_per_epoch
@@ -109,13 +109,13 @@ class PrefixDPORecipeDistributed:
                 model=self.model,
                 new_model=self.new_model,
                 forward=self.forward,
-                load=self.load,
+                step_loader=self.step_loader,
             )
         if state is not None:
             load_training_state(state, self.model, self.optimizer, self.lr_scheduler)
 
     def new_model(self) -> TreeModel:
-        """A sharded model without weights. They and optimizer state are fp32; bf16 is what its layers compute in."""
+        """Allocates a sharded model without weights. They and optimizer state are fp32; layers cast to ``dtype``."""
         cfg = self.cfg
         model = build_model(cfg, self.device, sharded=True)
         shard(
@@ -144,7 +144,7 @@ class PrefixDPORecipeDistributed:
         loss_of = functools.partial(self.loss_of, reference=self.reference_val)
         forward = functools.partial(self.forward, self.model)
         self.model.eval()
-        found = evaluate(forward, self.dataset_val, self.plan_val, self.load, loss_of, self.loss.mean_over)
+        found = evaluate(forward, self.dataset_val, self.plan_val, self.step_loader, loss_of, self.loss.mean_over)
         self.model.train()
         reshard(self.model)
         if is_rank_zero():
@@ -164,7 +164,7 @@ class PrefixDPORecipeDistributed:
                 unit="step",
                 disable=not is_rank_zero(),
             )
-            for step in self.load(self.dataset, self.plan.epoch(epoch)):
+            for step in self.step_loader(self.dataset, self.plan.epoch(epoch)):
                 seed_step(self.seed, self.global_step)
                 finite = FiniteCheck(self.device)
                 for i, row in enumerate(step.rows, start=1):

@@ -2,8 +2,9 @@
 
     tune run prefix_dpo_memory --config llama3_1/8B_prefix_dpo_distributed world_size=8 device_memory=80GiB
 
-Takes any training config of this package. Takes steps of its model without computing anything, with Rows as configured
-and with longer ones, and prints the peak of each device, the longest Rows that fit, and which keys would help.
+Takes any training config of this package that does not offload. Takes steps of its model without computing anything,
+with Rows as configured and with longer ones, and prints the peak of each device, the longest Rows that fit, and which
+keys would help.
 """
 
 import logging
@@ -62,9 +63,12 @@ class PrefixDPOMemory:
             raise ConfigError("example", f"must be tokens of prefix, chosen and rejected, but is {cfg.example}")
         for key in ("fsdp_cpu_offload", "enable_activation_offloading"):
             if cfg[key]:
-                raise ConfigError(key, "cannot be estimated: what it moves to the CPU is not on the device")
+                raise ConfigError(key, "cannot be estimated; set it to False for an upper bound")
         if not cfg.reference.precompute:
-            raise ConfigError("reference.precompute", "False cannot be estimated: it keeps a second model in memory")
+            raise ConfigError(
+                "reference.precompute",
+                "False cannot be estimated; set it to True, and add the memory of a second model",
+            )
         # Attention by chains keeps as much for the backward pass as by flex.
         cfg.attention_backend, cfg.flex_kernel_options, cfg.compile = "chains", None, False
 

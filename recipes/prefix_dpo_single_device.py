@@ -67,7 +67,7 @@ class PrefixDPORecipeSingleDevice:
         self.model = self.new_model()
         tokenizer = instantiate("tokenizer", cfg.tokenizer)
         self.dataset, self.dataset_val = build_datasets(cfg, tokenizer, self.model, self.loss)
-        self.load = build_loader(cfg, self.model, self.loss, self.device)
+        self.step_loader = build_loader(cfg, self.model, self.loss, self.device)
         self.autocast = torch.autocast(self.device.type, compute_dtype(cfg), enabled=cfg.dtype == "bf16")
         self.activations_handling = self.model.offload_activations(cfg.enable_activation_offloading)
         self.checkpointer, checkpoint = load_checkpoint(
@@ -77,7 +77,7 @@ class PrefixDPORecipeSingleDevice:
         self.seed = choose_seed(cfg.seed if state is None else state.seed)
         self.plan = build_plan(cfg, self.dataset, self.model, self.loss, seed=self.seed, ranks=this_rank())
         self.plan_val = build_val_plan(cfg, self.dataset_val, self.model, ranks=this_rank())
-        log_plan(self.plan, self.dataset, self.load)
+        log_plan(self.plan, self.dataset, self.step_loader)
         self.epochs_run = 0 if state is None else state.epochs_run
         self.global_step = self.epochs_run * self.plan.steps_per_epoch
         self.num_steps = cfg.epochs * self.plan.steps_per_epoch
@@ -99,13 +99,13 @@ class PrefixDPORecipeSingleDevice:
                 model=self.model,
                 new_model=self.new_model,
                 forward=self.forward,
-                load=self.load,
+                step_loader=self.step_loader,
             )
         if state is not None:
             load_training_state(state, self.model, self.optimizer, self.lr_scheduler)
 
     def new_model(self) -> TreeModel:
-        """A model without weights. They and optimizer state are fp32; bf16 is what ``forward`` computes in."""
+        """Allocates a model without weights. They and optimizer state are fp32; ``forward`` casts to ``dtype``."""
         model = build_model(self.cfg, self.device)
         model.materialize(self.device)
         return model
@@ -126,7 +126,7 @@ class PrefixDPORecipeSingleDevice:
         loss_of = functools.partial(self.loss_of, reference=self.reference_val)
         forward = functools.partial(self.forward, self.model)
         self.model.eval()
-        found = evaluate(forward, self.dataset_val, self.plan_val, self.load, loss_of, self.loss.mean_over)
+        found = evaluate(forward, self.dataset_val, self.plan_val, self.step_loader, loss_of, self.loss.mean_over)
         self.model.train()
         self.metric_logger.log_dict(found.metrics, step=self.global_step)
         return found
@@ -139,7 +139,7 @@ class PrefixDPORecipeSingleDevice:
         self.profiler.start()
         for epoch in range(self.epochs_run, cfg.epochs):
             progress = tqdm(total=self.plan.steps_per_epoch, desc=f"Epoch {epoch + 1}/{cfg.epochs}", unit="step")
-            for step in self.load(self.dataset, self.plan.epoch(epoch)):
+            for step in self.step_loader(self.dataset, self.plan.epoch(epoch)):
                 seed_step(self.seed, self.global_step)
                 finite = FiniteCheck(self.device)
                 for row in step.rows:

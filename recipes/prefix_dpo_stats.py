@@ -64,7 +64,7 @@ class PrefixDPOStats:
 
     @property
     def pack_len(self) -> int | None:
-        """Most tokens in a Row as configured; None where Rows are not packed."""
+        """Maximum number of tokens in a Row as configured; None where Rows are not packed."""
         return self.plan.packing.pack_len if isinstance(self.plan.packing, ByLength) else None
 
     def packings(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Errors that a user can put right."""
+"""Errors that a user can fix."""
 
 
 class UserError(Exception):

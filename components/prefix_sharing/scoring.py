@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from prefix_sharing.trees import Row
 
 LOGITS_AT_ONCE = 2**26
-"""Most logits in memory at once, 256 MiB of fp32: those of 512 hidden states with a vocabulary of 128k."""
+"""Maximum number of logits in memory at once, 256 MiB of fp32: those of 512 hidden states with a vocabulary of 128k."""
 
 
 class ResponseLogProbs(NamedTuple):
@@ -96,7 +96,8 @@ class _TargetLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, predictor: torch.Tensor, target: torch.Tensor, with_squares: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # log_softmax, as in the plain computation: over large vocabularies it rounds in a way of its own on CPU.
+        # log_softmax, not logsumexp, to round as the plain computation does: on CPU they differ over large
+        # vocabularies.
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         ctx.save_for_backward(log_probs, predictor, target)
         ctx.dtype = logits.dtype

@@ -6,10 +6,12 @@ name                          what for
 ``checkpoint_wrapper``        layers that compute their activations again: torchtune and torchtitan use the same wrapper
 ``attention_operators``       what ``ac_mode: selective`` keeps: there is no public list of attention kernels
 ``raise_recompile_limits``    how many shapes of compiled attention dynamo keeps
-``FakeTensorMode``            tensors without values, on which the memory estimate takes a step
+``CHECKPOINT_PREFIX``         what that wrapper puts into the names of parameters
+``FakeTensorMode``            tensors without values, on which the memory estimate takes a step, and
+                              ``unset_fake_temporarily`` where a real one is needed
 ``MemTracker``                what holds memory while it does, and ``FSDPMemTracker`` with FSDP2
 ``FakeStore``                 a process group of ranks that do not exist
-``TorchDispatchMode``         sees every operator: the benchmark counts matrix products
+``TorchDispatchMode``         sees every operator: the benchmark counts matrix products, and knows ``CPU_ATTENTION``
 ``local_dtensor``             a sharded tensor around a local one that ``DTensor.from_local`` cannot take
 ============================= =========================================================================================
 """

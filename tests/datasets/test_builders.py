@@ -303,7 +303,7 @@ def test_a_conversation_the_template_refuses_is_an_error_of_its_record(write, tm
         (['{"prompt": "q", '], {}, "pairs.jsonl cannot be read"),
         ([pair("q", "a", "b")], {"split": "test"}, "cannot be loaded: Unknown split"),
         ([pair("q", "a", "b")], {"splitt": "train"}, "unexpected keyword argument 'splitt'"),
-        ([pair("q", "a", "a")], {}, r"no example to train on \(dropped by reason: identical responses: 1\)"),
+        ([pair("q", "a", "a")], {}, r"no usable example \(dropped by reason: identical responses: 1\)"),
         ([pair("q", "a", "b")], {"truncation": "middle"}, "'truncation': must be one of keep_start, keep_end, drop"),
         ([pair("q", "a", "b")], {"masking_strategy": "all"}, "'masking_strategy': must be one of train_on_assistant"),
         (

@@ -138,7 +138,7 @@ def test_gradients_are_those_of_finite_differences(loss):
 @pytest.mark.parametrize("loss", EVERY_LOSS)
 def test_pairwise_losses_refuse_other_than_pairs(loss):
     three = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="needs pairs, but there are 3 values"):
+    with pytest.raises(ValueError, match="needs 2 responses per example, but there are 3"):
         loss(ResponseLogProbs(three, torch.ones(2, 3)), three)
 
 

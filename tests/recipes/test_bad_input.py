@@ -61,13 +61,16 @@ def write(tmp_path):
     [
         ("bach_size=2", "Config key 'bach_size': unknown key. Did you mean 'batch_size'?"),
         ("attention_backend=flex", "'attention_backend': flex cannot train on cpu"),
-        ("flex_kernel_options.BLOCK_M=64", "'flex_kernel_options': not used by the attention backend chains."),
-        ("model.vocab_size=300", "the model's vocabulary has 300; tokenizer and model do not match."),
+        (
+            "flex_kernel_options.BLOCK_M=64",
+            "'flex_kernel_options': not used by the attention backend chains; remove it.",
+        ),
+        ("model.vocab_size=300", "the model's vocabulary has 300; use the tokenizer that comes with the model."),
         ("model.max_seq_len=64", "but the model takes at most 64; set it to that or less."),
         ("output_dir=/proc/nothing", "'output_dir': /proc/nothing cannot be written"),
         ("device=cuda", "'device': cuda is not available"),
         ("model.num_heads=3", "'model': torchtune.models.llama3.llama3: "),
-        ("tokenizer.max_seq_len=3", "has no example to train on (dropped by reason: nothing scored: 64)."),
+        ("tokenizer.max_seq_len=3", "has no usable example (dropped by reason: nothing scored: 64)."),
         ("optimizer.lr=fast", "'optimizer': torch.optim.AdamW: "),
         ("checkpointer.model_type=LLAMA9", "'checkpointer': prefix_sharing.quickstart.random_checkpointer: "),
     ],
@@ -104,7 +107,7 @@ def test_a_malformed_record(refused, write):
 
 def test_a_data_set_of_which_nothing_is_left(refused, write):
     said = refused(*write({**PAIR, "rejected": "a"}, {**PAIR, "chosen": " "}))
-    assert "no example to train on (dropped by reason: empty response: 1, identical responses: 1)." in said
+    assert "no usable example (dropped by reason: empty response: 1, identical responses: 1)." in said
 
 
 def test_examples_that_are_no_pairs(refused, write):

@@ -113,7 +113,7 @@ def test_ranked_responses_train_packed(tmp_path):
     ("keys", "message"),
     [
         ({"pack_len": 128}, r"'pack_len': record 31 of the split of .*pairs.jsonl makes 522 tokens, more than 128"),
-        ({"global_batch_size": 99, "drop_last": True}, "'drop_last': leaves no steps: one step takes more than the 45"),
+        ({"global_batch_size": 99, "drop_last": True}, "'drop_last': leaves no steps of 45 examples"),
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ from prefix_sharing.attention.backend import (
 from prefix_sharing.attention.block_mask import tree_block_mask
 from prefix_sharing.attention.chains import ChainsMask
 from prefix_sharing.attention.flex import FlexMask
-from prefix_sharing.attention.mask import TreeMask
+from prefix_sharing.attention.tree_mask import TreeMask
 from prefix_sharing.attention.varlen import VarlenMask
 
 __all__ = [

@@ -17,7 +17,7 @@ import torch
 
 from prefix_sharing.attention.chains import ChainsMask
 from prefix_sharing.attention.flex import FlexMask
-from prefix_sharing.attention.mask import TreeMask
+from prefix_sharing.attention.tree_mask import TreeMask
 from prefix_sharing.attention.varlen import VarlenMask, has_grouped_queries
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.trees import bucket_length

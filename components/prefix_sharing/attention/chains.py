@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from typing_extensions import override
 
-from prefix_sharing.attention.mask import TreeMask
+from prefix_sharing.attention.tree_mask import TreeMask
 from prefix_sharing.trees import Row
 
 

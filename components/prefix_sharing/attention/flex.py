@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from typing_extensions import override
 
 from prefix_sharing.attention.block_mask import tree_block_mask
-from prefix_sharing.attention.mask import TreeMask
+from prefix_sharing.attention.tree_mask import TreeMask
 from prefix_sharing.torch_private import raise_recompile_limits
 from prefix_sharing.trees import Row
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 from typing_extensions import override
 
-from prefix_sharing.attention.mask import TreeMask
+from prefix_sharing.attention.tree_mask import TreeMask
 from prefix_sharing.trees import Row
 
 

@@ -1,1 +1,1 @@
-"""Training steps of the same pairs in several formats, timed side by side."""
+"""What ``prefix_dpo_benchmark`` times: steps in several formats, the parts of a layer, growing Rows and data sets."""

@@ -78,7 +78,7 @@ def row_formats(
         tree (TreeModel): the model with tree attention.
         device (torch.device): where it runs.
         batch_size (int): pairs per micro-batch where there is a fixed number.
-        pack_len (int): most tokens in a packed Row.
+        pack_len (int): maximum number of tokens in a packed Row.
         beta (float): of the DPO loss.
 
     Returns:

@@ -57,7 +57,9 @@ def random_qkv(attn: TreeAttention, length: int, device: torch.device, autocast:
     Returns:
         list[torch.Tensor]: each of shape ``[1, heads, length, head_dim]``, with gradients.
     """
-    dtype = torch.get_autocast_dtype(device.type) if autocast._enabled else torch.float32
+    with autocast:
+        enabled = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if enabled else torch.float32
     return [
         torch.randn(1, heads, length, attn.head_dim, device=device, dtype=dtype, requires_grad=True)
         for heads in (attn.num_heads, attn.num_kv_heads, attn.num_kv_heads)

@@ -116,7 +116,7 @@ def time_examples(num_examples: Sequence[int], pack_len: int, progress: Callable
 
     Args:
         num_examples (Sequence[int]): examples in the data set, multiples of 1,000.
-        pack_len (int): most tokens in a Row.
+        pack_len (int): maximum number of tokens in a Row.
         progress (Callable[[], None]): called after each number.
 
     Returns:

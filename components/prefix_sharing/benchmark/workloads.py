@@ -52,7 +52,7 @@ def draw_lengths(workload: str, num_pairs: int, seed: int = 0, longest: int = 81
         workload (str): a name in ``DATASETS``, or ``PREFIX,CHOSEN,REJECTED``.
         num_pairs (int): how many. The first of more pairs are those of fewer.
         seed (int): the same seed gives the same lengths. Default: 0.
-        longest (int): most tokens in a sequence. Default: 8192.
+        longest (int): maximum number of tokens in a sequence. Default: 8192.
 
     Returns:
         PairLengths: the prompts' lengths are lognormal, as are the responses', each with the data set's median.
@@ -101,7 +101,7 @@ def read_pairs(data_files: str, num_tokens: int, longest: int = 8192) -> list[li
     Args:
         data_files (str): in any form that ``prefix_sharing.datasets.prefix_preference_dataset`` reads.
         num_tokens (int): tokens of prompts and responses at which to stop.
-        longest (int): most tokens in a sequence. Default: 8192.
+        longest (int): maximum number of tokens in a sequence. Default: 8192.
 
     Returns:
         list[list[Response]]: chosen and rejected response sequence of each pair.

@@ -17,6 +17,9 @@ from prefix_sharing.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 
+_BUGS = (AttributeError, LookupError, NameError, AssertionError, ArithmeticError)
+"""What a component raises because of its code rather than its arguments; its traceback is logged."""
+
 
 def instantiate(key: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
     """Builds a component of the config; what it refuses becomes a sentence that names the key.
@@ -113,7 +116,8 @@ def explained(key: str, what: str | None = None) -> Iterator[None]:
     except UserError as error:
         raise ConfigError(key, str(error)) from error
     except Exception as error:
-        log.debug("%s", key, exc_info=True)
+        if isinstance(error, _BUGS):
+            log.error("Exception while building %s", key, exc_info=True)
         raise ConfigError(key, one_line(error) if what is None else f"{what}: {one_line(error)}") from error
 
 

@@ -60,7 +60,7 @@ def _read_config() -> DictConfig:
 
 @contextlib.contextmanager
 def _readable_errors() -> Iterator[None]:
-    """Prints what the user can put right as one line; a distributed run prints it once."""
+    """Prints what the user can fix as one line; a distributed run prints it once."""
     try:
         yield
     except Exception as error:

@@ -64,7 +64,8 @@ class ReferenceConfig:
     """Directory that keeps reference log-probs for later runs, by default next to the cache of ``datasets``; null turns
     the cache off."""
     precompute: bool = True
-    """False keeps a frozen second model in memory instead of a pass over the data, for data that is used once."""
+    """False keeps a frozen second model in memory instead of a pass over the data, for data that is used once; for a
+    fresh adapter, the base model that is there already."""
 
 
 @dataclass
@@ -72,7 +73,7 @@ class TrainingConfig:
     """Every key of ``prefix_dpo_single_device``."""
 
     output_dir: str = MISSING
-    """Directory for checkpoints, logs and reports."""
+    """Directory of the run; ``checkpointer.output_dir`` and ``metric_logger.log_dir`` usually point to it."""
 
     # Components
     model: Any = MISSING
@@ -85,7 +86,7 @@ class TrainingConfig:
     """Builds the training data set; gets the tokenizer as its first argument. ``dataset.packed: True`` is accepted for
     ``packing: step``."""
     loss: Any = MISSING
-    """One of ``prefix_sharing.losses``."""
+    """One of ``prefix_sharing.losses``, or a subclass of ``prefix_sharing.losses.Loss``."""
     optimizer: Any = MISSING
     """An optimizer of torch or torchao; gets the parameters as its first argument."""
     metric_logger: Any = MISSING
@@ -98,13 +99,13 @@ class TrainingConfig:
     """Builds the learning rate schedule; gets the optimizer and the number of steps. Without it the rate is
     constant."""
     profiler: Any = None
-    """``torchtune.training.setup_torch_profiler``."""
+    """``torchtune.training.setup_torch_profiler``; without it nothing is profiled."""
 
     # Data and steps
     epochs: int = at_least(1, default=1)
     """Passes over the data."""
     max_steps_per_epoch: int | None = at_least(1, default=None)
-    """Most optimizer steps per epoch."""
+    """Maximum number of optimizer steps per epoch."""
     packing: Literal["none", "step", "dataset"] = "none"
     """Which examples share a Row. ``none``: ``batch_size`` examples each. ``step``: as many of a step's examples as fit
     into ``pack_len`` tokens; the steps stay those of the unpacked run. ``dataset``: the whole data set is packed first,
@@ -117,7 +118,7 @@ class TrainingConfig:
     """Examples per optimizer step over all ranks; required with ``packing: step``. Otherwise ``batch_size`` times
     ``gradient_accumulation_steps`` times the number of ranks."""
     pack_len: int | str | None = None
-    """Most tokens in a packed Row; ``auto``, as if not set, is the longest example rounded up."""
+    """Maximum number of tokens in a packed Row; ``auto``, as if not set, is the longest example rounded up."""
     pack_rows_per_step: int | None = at_least(1, default=None)
     """Rows per optimizer step over all ranks; required with ``packing: dataset``."""
     shuffle: bool = True
@@ -135,7 +136,8 @@ class TrainingConfig:
     device: str | None = None
     """``cuda`` or ``cpu``; cuda where there is one if not set."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """What the layers compute in. Weights are trained in fp32 always."""
+    """What the layers compute in. Trained weights are always fp32; the frozen base of an adapter is kept in it on one
+    device."""
     share_prefix: bool = True
     """False computes every response on its own, for comparison."""
     attention_backend: Literal["flex", "chains", "varlen"] | None = None
@@ -146,7 +148,7 @@ class TrainingConfig:
     compile: bool = False
     """Whether to compile the layers."""
     clip_grad_norm: float | None = above(0, default=None)
-    """Largest norm of the gradient."""
+    """Maximum norm of the gradient, to which larger ones are scaled down."""
     enable_activation_checkpointing: bool = False
     """Computes activations again in the backward pass: less memory, more time."""
     ac_mode: Literal["full", "selective"] = "full"
@@ -166,7 +168,7 @@ class TrainingConfig:
     save_adapter_weights_only: bool = True
     """False also saves the model that base and adapter make together."""
     resume_from_checkpoint: bool = False
-    """Continues from the last epoch saved in ``output_dir``."""
+    """Continues from the last epoch saved in ``checkpointer.output_dir``."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """Where reference log-probs come from: the keys below."""
 

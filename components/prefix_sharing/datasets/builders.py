@@ -73,7 +73,8 @@ def prefix_preference_dataset(
             convention), or of every turn (``train_on_all``).
         train_on_input (bool): torchtune's older name for ``train_on_all``. Default: False.
         new_system_prompt (str | None): system turn that replaces the records' own; never scored.
-        max_seq_len (int | None): most tokens in a response sequence. Default: None, the tokenizer's ``max_seq_len``.
+        max_seq_len (int | None): maximum number of tokens in a response sequence. Default: None, the tokenizer's
+            ``max_seq_len``.
         truncation (Truncation): what happens to an example that exceeds it: ``keep_start`` cuts each response at the
             end, ``keep_end`` cuts the same number of tokens from the start of all its responses, so that they still
             answer the same prompt, ``drop`` drops the example. Nothing is written over a cut. Default: "keep_start".

@@ -53,7 +53,7 @@ class PrefixPreferenceDataset(Dataset):
         used = np.flatnonzero(reasons == "")
         if len(used) == 0:
             why = f" (dropped by reason: {self._describe_drops()})" if self.dropped else ""
-            raise UserError(f"{name} has no example to train on{why}.")
+            raise UserError(f"{name} has no usable example{why}.")
         # Everything but the tokens, which stay on disk.
         columns = tokenized.data.table.select([c for c in FEATURES if c not in ("tokens", "scored", "pairs")])
         if len(used) < len(tokenized):

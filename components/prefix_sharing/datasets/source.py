@@ -45,7 +45,8 @@ class Source:
         try:
             return datasets.load_dataset(self.path, split=self.split, **self.kwargs)
         except TypeError as error:  # what load_dataset says to a key it does not know
-            raise UserError(f"{one_line(error)}; keys that are not the builder's own go to load_dataset.") from error
+            problem = "arguments that the builder does not know are passed to load_dataset, so check their spelling"
+            raise UserError(f"{one_line(error)}; {problem}.") from error
         except StopIteration as error:
             raise UserError(f"{self.name} is empty.") from error
         except datasets.exceptions.DatasetGenerationError as error:

@@ -29,7 +29,8 @@ def device_mesh(device: torch.device, replicate_dim: int = 1) -> DeviceMesh:
     world_size = dist.get_world_size()
     if world_size % replicate_dim:
         raise ConfigError(
-            "data_parallel_replicate_dim", f"is {replicate_dim}, which does not divide the {world_size} processes"
+            "data_parallel_replicate_dim",
+            f"is {replicate_dim}, which does not divide the {world_size} processes; choose a divisor",
         )
     if replicate_dim == 1:
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
@@ -53,7 +54,7 @@ def shard(
     as the output projection, belongs to the root, so ranks may project different numbers of chunks.
 
     Args:
-        model (nn.Module): on the meta device, compiled and checkpointed already.
+        model (nn.Module): on the meta device, its layers compiled and wrapped for activation checkpointing already.
         layers (Sequence[nn.Module]): its layers, in the order of the forward pass.
         mesh (DeviceMesh): as ``device_mesh`` makes it.
         compute_dtype (torch.dtype): what layers compute in.

@@ -1,4 +1,4 @@
-"""Hosts: libraries whose models are trained here. Nothing outside this room imports a model library.
+"""Hosts: libraries whose models are trained here. Nothing outside this room touches the code of a model.
 
 A host turns a model into a ``TreeModel``, which takes a Row and returns the log-probs of its responses, and reads and
 writes its weights.

@@ -18,7 +18,7 @@ class TreeModel(nn.Module):
     Attributes:
         attention_backend (AttentionBackend): what computes attention.
         layers (nn.ModuleList): the layers in the order of the forward pass: what is compiled, checkpointed and sharded.
-        max_seq_len (int): most tokens in a response sequence.
+        max_seq_len (int): maximum number of tokens in a response sequence.
     """
 
     attention_backend: AttentionBackend
@@ -42,7 +42,7 @@ class TreeModel(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below."""
+        """Size of the vocabulary; token ids are from 0 to one less."""
         raise NotImplementedError
 
     def forward_flops(self, sizes: TreeSizes) -> np.ndarray:

@@ -98,7 +98,7 @@ class DPOLoss(Loss):
         f_alpha (float): of ``alpha_divergence``; 1 is ``reverse_kl``. Default: 0.5.
         ld_alpha (float): weight, from 0 to 1, of the tokens by which a response is longer than the other of its pair,
             in all log-probs, as in [LD-DPO](https://arxiv.org/abs/2409.06411); for pairs. Default: 1.0.
-        use_weighting (bool): whether each pair is weighed by how likely the policy itself were to give its responses,
+        use_weighting (bool): whether each pair is weighted by how likely the policy is to generate its responses,
             eq. 2 of [WPO](https://arxiv.org/abs/2406.11827). Default: False.
         rpo_alpha (float): weight of the negative log-likelihood of the chosen response, per scored token, that
             [RPO](https://arxiv.org/abs/2404.19733) adds. Default: 0.0.

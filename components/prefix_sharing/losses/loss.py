@@ -15,8 +15,8 @@ class LossOutput(NamedTuple):
     """The loss, not reduced, with the implicit rewards of the two responses of each pair.
 
     Attributes:
-        losses (torch.Tensor): its sum is to be divided by the number of ``mean_over`` of the loss, so shape ``[P]``
-            for a loss that is a mean over pairs.
+        losses (torch.Tensor): of the pairs, shape ``[P]``, or of the responses, shape ``[E * K]``. Their sum is to be
+            divided by the number of what the loss is a mean over.
         chosen_rewards (torch.Tensor): detached, shape ``[P]``.
         rejected_rewards (torch.Tensor): detached, shape ``[P]``.
     """
@@ -55,16 +55,6 @@ class Loss(ABC):
     Attributes:
         mean_over (MeanOver): the loss of a step is the sum of ``LossOutput.losses`` over the number of the step's
             ``pairs``, ``examples`` or scored ``tokens``. Default: "pairs".
-
-    Example:
-        >>> class MarginLoss(Loss):
-        ...     @property
-        ...     def needs(self):
-        ...         return LossNeeds(reference=True)
-        ...
-        ...     def __call__(self, policy, reference=None, pairs=None):
-        ...         chosen, rejected = chosen_and_rejected(*take_pairs(pairs, policy.log_probs - reference))
-        ...         return LossOutput(rejected - chosen, chosen.detach(), rejected.detach())
     """
 
     mean_over: ClassVar[MeanOver] = "pairs"
@@ -88,7 +78,7 @@ class Loss(ABC):
                 pair, shape ``[P, 2]``. Default: None, each example is a pair, chosen first.
 
         Returns:
-            LossOutput: losses of the pairs, ``[P]``, or of whatever the loss is a mean over; rewards ``[P]``.
+            LossOutput: losses ``[P]`` or ``[E * K]``, rewards ``[P]``.
 
         Raises:
             ValueError: if something that the loss needs is missing.

@@ -25,7 +25,7 @@ def chosen_and_rejected(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
         ValueError: if these are not pairs.
     """
     if values.shape[1] != 2:
-        raise ValueError(f"A pairwise loss needs pairs, but there are {values.shape[1]} values.")
+        raise ValueError(f"A pairwise loss needs 2 responses per example, but there are {values.shape[1]}; give pairs.")
     return values[:, 0], values[:, 1]
 
 

@@ -62,7 +62,7 @@ def full_row(num_tokens: int, example: Sequence[int]) -> Row:
     """A Row full of examples that are all alike.
 
     Args:
-        num_tokens (int): most tokens in the Row.
+        num_tokens (int): maximum number of tokens in the Row.
         example (Sequence[int]): tokens of prefix, chosen and rejected.
 
     Returns:

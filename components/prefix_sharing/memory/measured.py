@@ -17,6 +17,8 @@ from prefix_sharing.distributed import local_part
 def memory_by_part(model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
     """What parameters, their gradients and the optimizer's state take on this rank; the rest of a peak is activations.
 
+    Gradients are as large as the parameters that have one; those that wait unsharded for a step's last Row take more.
+
     Args:
         model (nn.Module): sharded or not.
         optimizer (Optimizer): after its first step.

@@ -43,7 +43,7 @@ def pack(lengths: np.ndarray, costs: np.ndarray, pack_len: int, world_size: int 
     Args:
         lengths (np.ndarray): tokens of each example, none above ``pack_len``, shape ``[n]``.
         costs (np.ndarray): what each costs the model, in any unit, shape ``[n]``.
-        pack_len (int): most tokens in a Row.
+        pack_len (int): maximum number of tokens in a Row.
         world_size (int): ranks. Default: 1.
 
     Returns:
@@ -78,7 +78,7 @@ def lower_bound(lengths: np.ndarray, pack_len: int) -> int:
 
     Args:
         lengths (np.ndarray): tokens of each example, shape ``[n]``.
-        pack_len (int): most tokens in a Row.
+        pack_len (int): maximum number of tokens in a Row.
 
     Returns:
         int: the bound.
@@ -103,7 +103,7 @@ def first_fit_decreasing(lengths: np.ndarray, pack_len: int) -> Bins:
 
     Args:
         lengths (np.ndarray): tokens of each example, none above ``pack_len``, shape ``[n]``.
-        pack_len (int): most tokens in a Row.
+        pack_len (int): maximum number of tokens in a Row.
 
     Returns:
         Bins: indices into ``lengths``, each once.

@@ -67,7 +67,7 @@ class ByLength:
     """Rows filled with the examples of a step.
 
     Attributes:
-        pack_len (int): most tokens in a Row.
+        pack_len (int): maximum number of tokens in a Row.
     """
 
     pack_len: int
@@ -91,7 +91,7 @@ class WholeDataset(ByLength):
     """Rows packed from the whole data set, by first-fit decreasing: the mode of https://arxiv.org/abs/2410.20305.
 
     Attributes:
-        pack_len (int): most tokens in a Row.
+        pack_len (int): maximum number of tokens in a Row.
         rows_per_step (int): Rows an optimizer step takes over all ranks, however many examples they hold.
     """
 

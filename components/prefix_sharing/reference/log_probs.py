@@ -78,7 +78,7 @@ def set_up_reference(
     model: TreeModel,
     new_model: Callable[[], TreeModel],
     forward: Callable[[TreeModel, Row], ResponseLogProbs],
-    load: StepLoader,
+    step_loader: StepLoader,
 ) -> list[Reference | None]:
     """Makes the reference log-probs of a run's data sets available, as the config says.
 
@@ -91,7 +91,7 @@ def set_up_reference(
         model (TreeModel): the model about to train, with the checkpoint's weights, which it has again at the end.
         new_model (Callable[[], TreeModel]): builds another one, for ``precompute: False``.
         forward (Callable[[TreeModel, Row], ResponseLogProbs]): a model's forward pass.
-        load (StepLoader): builds the Rows.
+        step_loader (StepLoader): builds the Rows.
 
     Returns:
         list[Reference | None]: for each data set a function of a Row.
@@ -104,11 +104,13 @@ def set_up_reference(
         frozen.requires_grad_(False).eval()
         frozen.load_weights(other or checkpoint, seed)
         return [FrozenReference(functools.partial(forward, frozen))] * len(passes)
-    cache = open_reference_cache(cfg, other or checkpoint, load.options.tail_weight)
+    cache = open_reference_cache(cfg, other or checkpoint, step_loader.options.tail_weight)
     if other is not None:
         model.load_weights(other, seed)
     model.eval()
-    compute = functools.partial(reference_log_probs, functools.partial(forward, model), load=load, cache=cache)
+    compute = functools.partial(
+        reference_log_probs, functools.partial(forward, model), step_loader=step_loader, cache=cache
+    )
     references: list[Reference | None] = [
         None if dataset is None or plan is None else compute(dataset=dataset, plan=plan) for dataset, plan in passes
     ]
@@ -167,7 +169,7 @@ def reference_log_probs(
     forward: Callable[[Row], ResponseLogProbs],
     dataset: PrefixPreferenceDataset,
     plan: Plan,
-    load: StepLoader,
+    step_loader: StepLoader,
     cache: ReferenceCache | None = None,
 ) -> KnownReference:
     """Reads or computes the log-probs of the examples' responses, with the model as it is now, over all ranks.
@@ -176,7 +178,7 @@ def reference_log_probs(
         forward (Callable[[Row], ResponseLogProbs]): the model's forward pass.
         dataset (PrefixPreferenceDataset): the data set.
         plan (Plan): of a pass over the examples that the run will read.
-        load (StepLoader): builds the Rows.
+        step_loader (StepLoader): builds the Rows.
         cache (ReferenceCache | None): where to read and write, on rank 0. Default: None.
 
     Returns:
@@ -185,7 +187,7 @@ def reference_log_probs(
     log_probs = torch.full((len(dataset), dataset.num_responses), torch.nan)
     if cache is not None:
         log_probs = torch.from_numpy(cache.read(dataset.ids, dataset.num_responses))
-    log_probs = broadcast_from_rank_zero(log_probs.to(load.device))
+    log_probs = broadcast_from_rank_zero(log_probs.to(step_loader.device))
     examples = plan.all_examples
     unknown = log_probs.isnan().any(dim=1).cpu().numpy()
     missing = examples[unknown[examples]]
@@ -201,17 +203,17 @@ def reference_log_probs(
     steps = plan.of_pass(missing).epoch()
     written, last_write = 0, time.monotonic()
     progress = tqdm(
-        load(dataset, steps),
+        step_loader(dataset, steps),
         total=len(steps),
         desc=f"Reference log-probs, {dataset.name}",
         unit="step",
         disable=not is_rank_zero(),
     )
     for i, step in enumerate(progress):
-        of_ranks = torch.from_numpy(np.sort(step.example_index)).to(load.device)
+        of_ranks = torch.from_numpy(np.sort(step.example_index)).to(step_loader.device)
         computed = log_probs.new_zeros(len(of_ranks), dataset.num_responses)
         for row in step.rows:
-            row = row.to(load.device)
+            row = row.to(step_loader.device)
             computed[torch.searchsorted(of_ranks, row.example_index)] = forward(row).log_probs.to(computed.dtype)
         log_probs[of_ranks] = sum_over_ranks(computed)
         is_last = i + 1 == len(steps)

@@ -10,8 +10,8 @@ def summarize(seconds: dict[str, list[float]], num_pairs: int, baseline: str) ->
     """Medians, and their ratio to the baseline with its spread.
 
     Args:
-        seconds (dict[str, list[float]]): seconds a step, for each format as many as there were rounds.
-        num_pairs (int): pairs a step.
+        seconds (dict[str, list[float]]): seconds per step, for each format as many as there were rounds.
+        num_pairs (int): pairs per step.
         baseline (str): the format that the others are compared with.
 
     Returns:

@@ -68,7 +68,7 @@ def build_dataset(key: str, cfg: DictConfig, tokenizer: Any, model: TreeModel, l
     if dataset.largest_id >= model.vocab_size:
         problem = (
             f"the tokenizer has token ids up to {dataset.largest_id}, but the model's vocabulary has "
-            f"{model.vocab_size}; tokenizer and model do not match"
+            f"{model.vocab_size}; use the tokenizer that comes with the model"
         )
         raise ConfigError(key, problem)
     if dataset.longest > model.max_seq_len:
@@ -79,7 +79,10 @@ def build_dataset(key: str, cfg: DictConfig, tokenizer: Any, model: TreeModel, l
         raise ConfigError(f"{key}.max_seq_len", problem)
     name = type(loss).__name__
     if loss.needs.pairs_only and dataset.num_responses > 2:
-        problem = f"{name} as configured is for pairs, but there are examples of {dataset.num_responses} responses"
+        problem = (
+            f"{name} as configured is for pairs, but there are examples of {dataset.num_responses} responses; set "
+            f"{key}.pairs: best_vs_worst"
+        )
         raise ConfigError(key, problem)
     if loss.mean_over == "tokens" and dataset.num_pairs.max() > 0:
         problem = f"{name} is for examples of one response; {key}.column_map: {{messages: chosen}} trains on the chosen"
@@ -147,7 +150,7 @@ def build_plan(
         world_size=ranks.world_size,
     )
     if plan.steps_per_epoch == 0:
-        raise ConfigError("drop_last", f"leaves no steps: one step takes more than the {len(dataset):,} examples")
+        raise ConfigError("drop_last", f"leaves no steps of {len(dataset):,} examples; set it to False")
     log.info("%s steps per epoch, %s per step", f"{plan.steps_per_epoch:,}", describe_step(plan))
     return plan
 
@@ -186,17 +189,17 @@ def build_val_plan(
     ).of_pass()
 
 
-def log_plan(plan: Plan, dataset: PrefixPreferenceDataset, load: StepLoader) -> None:
+def log_plan(plan: Plan, dataset: PrefixPreferenceDataset, step_loader: StepLoader) -> None:
     """Logs how full Rows are, how even ranks, how many shapes attention sees, and what sharing saves.
 
     Args:
         plan (Plan): the plan of the run.
         dataset (PrefixPreferenceDataset): its data set.
-        load (StepLoader): what builds its Rows.
+        step_loader (StepLoader): what builds its Rows.
     """
     if is_rank_zero():
         saved = 1 - plan.sizes.num_tokens.sum() / dataset.sizes(share_prefix=False).num_tokens.sum()
-        report = report_plan(plan, load.options.round_length, max_steps=_STEPS_TO_REPORT)
+        report = report_plan(plan, step_loader.options.round_length, max_steps=_STEPS_TO_REPORT)
         log.info("%s, %.1f %% of tokens saved by sharing", report, 100 * saved)
 
 
@@ -221,7 +224,7 @@ def _packing(cfg: DictConfig, dataset: PrefixPreferenceDataset, key: str) -> Pac
 
 
 def _pack_len(cfg: DictConfig, dataset: PrefixPreferenceDataset, key: str) -> int:
-    """Most tokens in a Row; an example that is longer is an error now, not at the step that would take it."""
+    """Maximum number of tokens in a Row; a longer example is an error now, not at the step that would take it."""
     num_tokens = dataset.sizes(cfg.share_prefix).num_tokens
     longest = int(num_tokens.argmax())
     if cfg.pack_len in (None, "auto"):

@@ -34,7 +34,7 @@ def evaluate(
     forward: Callable[[Row], ResponseLogProbs],
     dataset: PrefixPreferenceDataset,
     plan: Plan,
-    load: StepLoader,
+    step_loader: StepLoader,
     loss_of: Callable[[Row, ResponseLogProbs], LossOutput],
     mean_over: str,
 ) -> Evaluation:
@@ -44,22 +44,27 @@ def evaluate(
         forward (Callable[[Row], ResponseLogProbs]): the model's forward pass.
         dataset (PrefixPreferenceDataset): the held-out data set.
         plan (Plan): of a pass over it.
-        load (StepLoader): builds the Rows.
+        step_loader (StepLoader): builds the Rows.
         loss_of (Callable[[Row, ResponseLogProbs], LossOutput]): the loss of a Row, given the model's output.
         mean_over (str): what that loss is the mean over.
 
     Returns:
         Evaluation: metrics, and values of each response.
     """
-    metrics = StepMetrics(load.device, mean_over)
-    found = torch.zeros(2, len(dataset), dataset.num_responses, dtype=torch.float64, device=load.device)
+    metrics = StepMetrics(step_loader.device, mean_over)
+    found = torch.zeros(2, len(dataset), dataset.num_responses, dtype=torch.float64, device=step_loader.device)
     steps = plan.epoch()
     progress = tqdm(
-        load(dataset, steps), total=len(steps), desc="Evaluating", unit="step", leave=False, disable=not is_rank_zero()
+        step_loader(dataset, steps),
+        total=len(steps),
+        desc="Evaluating",
+        unit="step",
+        leave=False,
+        disable=not is_rank_zero(),
     )
     for step in progress:
         for row in step.rows:
-            row = row.to(load.device)
+            row = row.to(step_loader.device)
             output = forward(row)
             metrics.add(row, output, loss_of(row, output))
             values = torch.stack([output.log_probs.to(found.dtype), output.num_scored.to(found.dtype)])

@@ -1,4 +1,4 @@
-"""Metrics of the steps since the last log entry, over their Rows and all ranks, under torchtune's names."""
+"""Metrics of the steps since the last log entry, over all ranks, under torchtune's names where it has them."""
 
 import contextlib
 import time

@@ -35,7 +35,7 @@ def choose_seed(seed: int | None) -> int:
 def seed_step(seed: int, step: int) -> None:
     """Starts torch's random numbers anew, so that seed, step and rank decide them and nothing that happened before.
 
-    Dropout is then the same whether reference log-probs came from the cache, and in a run that was resumed.
+    Dropout is then the same whether or not reference log-probs came from the cache, and after a resume.
 
     Args:
         seed (int): the run's seed.
@@ -50,7 +50,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float | None) -> torch.Tensor:
 
     Args:
         model (nn.Module): the model, sharded or not.
-        max_norm (float | None): the largest norm; None changes no gradient.
+        max_norm (float | None): the maximum norm; None changes no gradient.
 
     Returns:
         torch.Tensor: the norm before, a scalar.

@@ -56,7 +56,7 @@ def set_up_device(cfg: DictConfig) -> torch.device:
         raise ConfigError("enable_activation_offloading", f"needs a CUDA device, but the device is {device.type}")
     backend = choose_attention_backend(cfg.attention_backend, device, compute_dtype(cfg))
     if cfg.flex_kernel_options is not None and backend != "flex":
-        raise ConfigError("flex_kernel_options", f"not used by the attention backend {backend}")
+        raise ConfigError("flex_kernel_options", f"not used by the attention backend {backend}; remove it")
     try:
         Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.output_dir).close()
@@ -89,15 +89,13 @@ def build_loss(cfg: DictConfig) -> Loss:
     if not loss.needs.reference and cfg.ref_checkpointer is not None:
         raise ConfigError("ref_checkpointer", f"not used: {type(loss).__name__} needs no reference; remove it")
     if loss.needs.whole_sequence and not cfg.share_prefix:
-        problem = (
-            f"{type(loss).__name__} as configured reads prompts off the shared prefix; it needs share_prefix: True"
-        )
+        problem = f"{type(loss).__name__} as configured reads prompts off the shared prefix; set it to True"
         raise ConfigError("share_prefix", problem)
     return loss
 
 
 def build_model(cfg: DictConfig, device: torch.device, *, sharded: bool = False) -> TreeModel:
-    """Builds the model in fp32 with tree attention, compiled and checkpointed as the config says, without weights.
+    """Builds the model with tree attention and without weights; compiles and checkpoints its layers if configured.
 
     Args:
         cfg (DictConfig): the run's config.
@@ -121,7 +119,7 @@ def build_model(cfg: DictConfig, device: torch.device, *, sharded: bool = False)
             ("data_parallel_replicate_dim", cfg.get("data_parallel_replicate_dim", 1) > 1),
         ):
             if is_set:
-                raise ConfigError(key, f"is {cfg[key]}, which QLoRA on several devices does not support")
+                raise ConfigError(key, f"is {cfg[key]}, which QLoRA on several devices does not support; remove it")
     # FSDP2 casts to the compute dtype itself.
     model.freeze_base(torch.float32 if sharded else compute_dtype(cfg))
     if cfg.compile:

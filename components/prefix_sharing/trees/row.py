@@ -12,7 +12,7 @@ import torch
 
 from prefix_sharing.trees.tree import Chain, PrefixTree, Response, Span
 
-_NONE = np.empty(0, dtype=np.int64)
+_NO_INDICES = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class _ScoredTokens(NamedTuple):
     def of(
         cls, trees: Sequence[PrefixTree], starts: np.ndarray, num_responses: int, options: RowOptions
     ) -> "_ScoredTokens":
-        indices, targets, responses, weights = [_NONE], [_NONE], [_NONE], [np.empty(0)]
+        indices, targets, responses, weights = [_NO_INDICES], [_NO_INDICES], [_NO_INDICES], [np.empty(0)]
         for e, (tree, start) in enumerate(zip(trees, starts, strict=False)):
             number = np.arange(len(tree.num_scored)) + e * num_responses
             if options.whole_sequence:  # the last of the tree's responses, which has no column among the K
@@ -260,7 +260,7 @@ def _num_scored(examples: Sequence[Sequence[Response]], trees: Sequence[PrefixTr
 def _number_responses(pairs: Sequence[np.ndarray], num_responses: int) -> np.ndarray:
     """Pairs of each example as pairs of the Row, its responses numbered ``example * K + response``."""
     numbered = [of_one + e * num_responses for e, of_one in enumerate(pairs)]
-    return np.concatenate([_NONE.reshape(0, 2), *numbered]).astype(np.int64)
+    return np.concatenate([_NO_INDICES.reshape(0, 2), *numbered]).astype(np.int64)
 
 
 def _spans_of_chains(predictor_index: np.ndarray, chains: Sequence[Chain]) -> list[list[Span]]:

@@ -72,7 +72,7 @@ class TreeSize(NamedTuple):
 
     Attributes:
         num_tokens (int): tokens the model reads.
-        num_visible (int): token pairs (one sees the other or itself), that is, attention scores a head.
+        num_visible (int): token pairs (one sees the other or itself), that is, attention scores per head.
         num_predictors (int): tokens whose hidden state is projected to the vocabulary.
     """
 

@@ -24,7 +24,7 @@ class AnswerModel:
 
     Attributes:
         model (torch.nn.Module): torchtune's model.
-        max_seq_len (int): most tokens in prompt and answer.
+        max_seq_len (int): maximum number of tokens in prompt and answer.
     """
 
     def __init__(self, node: DictConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -53,7 +53,7 @@ class AnswerModel:
         Args:
             prompts (Iterable[np.ndarray]): token ids of each, shape ``[n]``.
             longest_prompt (int): tokens in the longest.
-            max_new_tokens (int): most tokens in an answer.
+            max_new_tokens (int): maximum number of tokens in an answer.
             temperature (float): of sampling; 0 takes the most likely token each time.
             stop_tokens (Sequence[int]): tokens that end an answer.
 

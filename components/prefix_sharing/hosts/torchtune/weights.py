@@ -204,7 +204,10 @@ def _weights_of_last_epoch(output_dir: Path) -> dict[str, Any]:
     """Which weights belong to the training state in ``output_dir``, for a checkpointer, relative to the directory."""
     state_file = output_dir / "recipe_state" / "recipe_state.pt"
     if not state_file.is_file():
-        problem = f"{state_file} not found; training state is saved after every epoch but the last"
+        problem = (
+            f"{state_file} not found; training state is saved after every epoch but the last. Set it to False to start "
+            "from the beginning"
+        )
         raise ConfigError("resume_from_checkpoint", problem)
     epochs_done = torch.load(state_file, map_location="cpu", weights_only=True, mmap=True)[training.EPOCHS_KEY]
     epoch_dir = output_dir / f"epoch_{epochs_done - 1}"

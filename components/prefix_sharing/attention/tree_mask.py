@@ -1,4 +1,4 @@
-"""What the backends have in common: a mask is made once per Row, and every layer attends with it."""
+"""What a backend is: a class of masks, of which one is made per Row, and with which every layer attends."""
 
 from abc import ABC, abstractmethod
 
