@@ -63,7 +63,7 @@ def write(tmp_path):
         ("attention_backend=flex", "'attention_backend': flex cannot train on cpu"),
         (
             "flex_kernel_options.BLOCK_M=64",
-            "'flex_kernel_options': not used by the attention backend chains; remove it.",
+            "not used by the attention backend chains; remove it.",
         ),
         ("model.vocab_size=300", "the model's vocabulary has 300; use the tokenizer that comes with the model."),
         ("model.max_seq_len=64", "but the model takes at most 64; set it to that or less."),

@@ -77,7 +77,8 @@ def test_a_mistake_is_said_once_whatever_the_number_of_processes(tmp_path):
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("Error:")]
     assert said == [
-        "Error: rank 0: Config key 'data_parallel_replicate_dim': is 3, which does not divide the 2 processes; choose a divisor."
+        "Error: rank 0: Config key 'data_parallel_replicate_dim': is 3, which does not divide the 2 processes; "
+        "choose a divisor."
     ]
     assert not list(tmp_path.rglob("epoch_*"))
 
