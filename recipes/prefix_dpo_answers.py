@@ -124,8 +124,8 @@ def header_length(tokenizer: ChatTokenizer) -> int:
     found = []
     for answer in ("a", "b"):
         turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
-        tokens, scored = tokenize_turns(tokenizer, turns, [False, True])
-        found.append(np.array(tokens)[np.array(scored)])
+        chat = tokenize_turns(tokenizer, turns, [False, True])
+        found.append(np.array(chat.tokens)[np.array(chat.scored)])
     return common_prefix_length(found)
 
 

@@ -3,7 +3,7 @@
 from prefix_sharing.config.checks import check_config
 from prefix_sharing.config.components import component_name, explained, instantiate, one_line
 from prefix_sharing.config.defaults import default_cache_dir
-from prefix_sharing.config.files import config_names, find_config
+from prefix_sharing.config.files import config_names, did_you_mean, find_config
 from prefix_sharing.config.parsing import parse
 from prefix_sharing.config.schema import DistributedConfig, ReferenceConfig, TrainingConfig, above, at_least
 
@@ -17,6 +17,7 @@ __all__ = [
     "component_name",
     "config_names",
     "default_cache_dir",
+    "did_you_mean",
     "explained",
     "find_config",
     "instantiate",

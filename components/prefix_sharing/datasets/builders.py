@@ -1,10 +1,9 @@
 """The builders that a config names: records are tokenized once, in parallel, and cached by ``datasets``."""
 
 import copy
-import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pkgutil import resolve_name
 from typing import Any
@@ -13,17 +12,20 @@ import datasets
 
 from prefix_sharing.config import one_line
 from prefix_sharing.datasets.dataset import PrefixPreferenceDataset
-from prefix_sharing.datasets.forms import Format, check_format, recognize_format
+from prefix_sharing.datasets.forms import Form, check_column_map, choose_form, recognize_form
 from prefix_sharing.datasets.grouping import group_by_prompt as merge_by_prompt
 from prefix_sharing.datasets.ranking import PairStrategy
-from prefix_sharing.datasets.source import Source
+from prefix_sharing.datasets.remarks import check_malformed, log_remarks
+from prefix_sharing.datasets.source import Records, Source
 from prefix_sharing.datasets.table import FEATURES
 from prefix_sharing.datasets.tokenizing import (
     MalformedRecordError,
     MaskingStrategy,
+    OnMalformed,
     PreferenceOptions,
     TokenizeRecord,
     Truncation,
+    prepare_record,
 )
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.tokenizers import ChatTokenizer
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 _RECORDS_PER_PROCESS = 1000
 """Below this, starting a process takes longer than its share of the tokenizing."""
 
-_RECORDS_TO_RECOGNISE = 8
+_RECORDS_TO_RECOGNISE = 64
 
 
 def prefix_preference_dataset(
@@ -41,8 +43,9 @@ def prefix_preference_dataset(
     *,
     source: str,
     split: str = "train",
-    format: Format | None = None,
-    column_map: dict[str, str] | None = None,
+    format: str | None = None,
+    column_map: Mapping[str, str | None] | None = None,
+    record_fn: Callable[[dict], dict] | str | None = None,
     masking_strategy: MaskingStrategy | None = None,
     train_on_input: bool = False,
     new_system_prompt: str | None = None,
@@ -51,23 +54,31 @@ def prefix_preference_dataset(
     filter_fn: Callable[[dict], bool] | str | None = None,
     pairs: PairStrategy = "best_vs_rest",
     group_by_prompt: bool = False,
+    on_malformed: OnMalformed = "stop",
+    max_malformed: float = 0.1,
     **load_dataset_kwargs: Any,
 ) -> PrefixPreferenceDataset:
     """Builds a preference data set from files or the hub, for a config.
 
     The records may be in any form of ``prefix_sharing.datasets.forms``; which one is recognized from the columns and
-    the first records. They are tokenized in parallel, once: ``datasets`` caches the result under a fingerprint of the
-    records, the tokenizer, every argument here (the source of ``filter_fn`` included), and the code that tokenizes.
+    the first records, and logged. They are tokenized in parallel, once: ``datasets`` caches the result under a
+    fingerprint of the records, the tokenizer, every argument here (the source of ``filter_fn`` and ``record_fn``
+    included), and the code that tokenizes.
 
     Records without a preference to learn are dropped, counted by reason, and the counts logged: identical responses,
-    tied scores, a response with nothing scored or no text.
+    tied scores, a response with nothing scored or no text. So is whatever else was not used as it is: columns and
+    message keys without a use, answers that lost their end to ``max_seq_len`` or some of their text to the chat
+    template.
 
     Args:
         tokenizer (ChatTokenizer): one of torchtune's, or ``prefix_sharing.tokenizers.hf_chat_tokenizer``.
-        source (str): hub name, or the kind of the local files in ``data_files`` (``json``, ``parquet``).
+        source (str): hub name, or the kind of the local files in ``data_files`` (``json``, ``csv``, ``parquet``).
         split (str): which split. Default: "train".
-        format (Format | None): ``messages``, ``text``, ``hh``, ``ranked`` or ``chat``. Default: None, recognized.
-        column_map (dict[str, str] | None): actual name of a column for each expected one that is named otherwise.
+        format (str | None): a name in ``prefix_sharing.datasets.forms.FORMS``. Default: None, recognized.
+        column_map (Mapping[str, str | None] | None): actual name of a column for each expected one that is named
+            otherwise; None for a column that is to be left alone.
+        record_fn (Callable[[dict], dict] | str | None): makes a record of a known form of each record. A config names
+            it by its dotted path.
         masking_strategy (MaskingStrategy | None): which tokens are scored: those of every assistant turn
             (``train_on_assistant``, torchtune's convention and the default), of the last one (``train_on_last``, TRL's
             convention), or of every turn (``train_on_all``).
@@ -85,6 +96,9 @@ def prefix_preference_dataset(
             pairs. Default: "best_vs_rest".
         group_by_prompt (bool): whether records with the same prompt are merged into one tree, in which prompt and
             repeated responses are computed once; every pair counts as it would apart. Default: False.
+        on_malformed (OnMalformed): what happens to a record that cannot be read: ``stop`` ends with an error that names
+            file, record and key, ``drop`` drops it, counts it, and logs the first ones. Default: "stop".
+        max_malformed (float): share of the records that may be dropped so; more are an error. Default: 0.1.
         **load_dataset_kwargs (Any): ``data_files`` and whatever else ``datasets.load_dataset`` takes.
 
     Returns:
@@ -116,15 +130,14 @@ def prefix_preference_dataset(
         new_system_prompt=new_system_prompt,
         max_seq_len=max_seq_len,
         truncation=truncation,
-        filter_fn=_resolve_filter(filter_fn) if isinstance(filter_fn, str) else filter_fn,
+        filter_fn=_resolve("filter_fn", filter_fn),
+        record_fn=_resolve("record_fn", record_fn),
         pairs=pairs,
         group_by_prompt=group_by_prompt,
+        on_malformed=on_malformed,
+        max_malformed=max_malformed,
     )
-    place = Source(source, split, load_dataset_kwargs)
-    records = place.load()
-    return preference_dataset_from_records(
-        records, tokenizer, options, name=place.name, describe_record=functools.partial(place.describe, records)
-    )
+    return _tokenize(Source(source, split, load_dataset_kwargs).load(), tokenizer, options)
 
 
 def packed_preference_dataset(
@@ -149,7 +162,6 @@ def preference_dataset_from_records(
     options: PreferenceOptions | None = None,
     *,
     name: str,
-    describe_record: Callable[[int], str] | None = None,
 ) -> PrefixPreferenceDataset:
     """Builds a preference data set from records that are loaded already.
 
@@ -158,7 +170,6 @@ def preference_dataset_from_records(
         tokenizer (ChatTokenizer): one of torchtune's, or ``prefix_sharing.tokenizers.hf_chat_tokenizer``.
         options (PreferenceOptions | None): how records become examples. Default: None, the defaults.
         name (str): where the records come from, for messages.
-        describe_record (Callable[[int], str] | None): names a record in a message. Default: None, ``name`` and index.
 
     Returns:
         PrefixPreferenceDataset: the data set.
@@ -166,14 +177,11 @@ def preference_dataset_from_records(
     Raises:
         UserError: if a record is malformed or no example is left.
     """
-    options = options or PreferenceOptions()
-    columns = options.column_map
-    if options.format is None:
-        first = records.select(range(min(_RECORDS_TO_RECOGNISE, len(records)))).to_list()
-        form = recognize_format(columns, records.column_names, first)
-        log.info("%s: recognized format '%s'", name, form)
-    else:
-        form = check_format(options.format, columns, records.column_names)
+    return _tokenize(Records(records, name), tokenizer, options or PreferenceOptions())
+
+
+def _tokenize(records: Records, tokenizer: ChatTokenizer, options: PreferenceOptions) -> PrefixPreferenceDataset:
+    form = _form_of(records, options)
     if options.max_seq_len is None:
         options = replace(options, max_seq_len=tokenizer.max_seq_len)
     if tokenizer.max_seq_len is not None:
@@ -181,28 +189,50 @@ def preference_dataset_from_records(
         tokenizer = copy.copy(tokenizer)
         tokenizer.max_seq_len = None
 
-    num_processes = min(os.cpu_count() or 1, len(records) // _RECORDS_PER_PROCESS)
+    rows = records.rows
+    num_processes = min(os.cpu_count() or 1, len(rows) // _RECORDS_PER_PROCESS)
     try:
-        tokenized = records.map(
-            TokenizeRecord(tokenizer, form, options),
+        tokenized = rows.map(
+            TokenizeRecord(tokenizer, form, options, records.is_json),
             with_indices=True,
-            remove_columns=records.column_names,
+            remove_columns=rows.column_names,
             features=FEATURES,
             num_proc=num_processes if num_processes > 1 else None,
-            desc=f"Tokenizing {name}",
+            desc=f"Tokenizing {records.name}",
         )
     except MalformedRecordError as error:
-        where = describe_record(error.index) if describe_record else f"{name}, record {error.index}"
-        raise UserError(f"{where}: {error.problem}.") from error
-    if options.group_by_prompt:
-        tokenized = merge_by_prompt(tokenized, name)
-    dataset = PrefixPreferenceDataset(tokenized, name)
+        raise UserError(f"{records.describe(error.index)}: {error.problem}.") from error
+    check_malformed(tokenized, records, options.max_malformed)
+    if options.group_by_prompt or form.by_prompt:
+        tokenized = merge_by_prompt(tokenized, records.name, options.pairs)
+    dataset = PrefixPreferenceDataset(tokenized, records.name)
     log.info("%r", dataset)
+    log_remarks(dataset, records)
     return dataset
 
 
-def _resolve_filter(path: str) -> Callable[[dict], bool]:
+def _form_of(records: Records, options: PreferenceOptions) -> Form:
+    """The form of a data set: the user's choice, or what its first records look like."""
+    first, problem = [], None
+    for index in range(min(_RECORDS_TO_RECOGNISE, len(records.rows))):
+        try:
+            first.append(prepare_record(records[index], options.record_fn))
+        except ValueError as error:  # whether it may be dropped is decided when all are read
+            problem = problem or f"{records.describe(index)}: {error}."
+    if not first and problem is not None:
+        raise UserError(problem)
+    check_column_map(options.column_map, first)
+    if options.format is not None:
+        return choose_form(options.format, first, options.column_map)
+    form, reason = recognize_form(first, options.column_map)
+    log.info("%s: format '%s' recognized by %s", records.name, form.name, reason)
+    return form
+
+
+def _resolve(key: str, function: Callable[[dict], Any] | str | None) -> Callable[[dict], Any] | None:
+    if not isinstance(function, str):
+        return function
     try:
-        return resolve_name(path)
+        return resolve_name(function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError("filter_fn", f"'{path}' not found: {one_line(error)}") from error
+        raise ConfigError(key, f"'{function}' not found: {one_line(error)}") from error

@@ -11,6 +11,8 @@ from prefix_sharing.datasets.table import BEYOND_ITS_SHARE, FEATURES, MERGED
 from prefix_sharing.errors import UserError
 from prefix_sharing.trees import Response, TreeSize, TreeSizes
 
+_NOT_IN_MEMORY = ("tokens", "scored", "pairs", "scores", "unused", "problem")
+
 
 class PrefixPreferenceDataset(Dataset):
     """Tokenized examples, each with its K response sequences and the pairs they are compared by.
@@ -32,6 +34,8 @@ class PrefixPreferenceDataset(Dataset):
         longest (int): tokens in the longest response sequence.
         largest_id (int): largest token id.
         num_pairs (np.ndarray): pairs of each example, shape ``[N]``.
+        num_cut (int): responses that lost their end to ``max_seq_len``.
+        num_without_end (int): responses without a scored token that ends the answer.
         num_scored (np.ndarray): scored tokens of each example, over its responses, shape ``[N]``.
         record_index (np.ndarray): index of the record that each example is made of, shape ``[N]``.
         ids (pyarrow.Array): fingerprint of each example's tokens and of which are scored, shape ``[N]``.
@@ -55,7 +59,7 @@ class PrefixPreferenceDataset(Dataset):
             why = f" (dropped by reason: {self._describe_drops()})" if self.dropped else ""
             raise UserError(f"{name} has no usable example{why}.")
         # Everything but the tokens, which stay on disk.
-        columns = tokenized.data.table.select([c for c in FEATURES if c not in ("tokens", "scored", "pairs")])
+        columns = tokenized.data.table.select([c for c in FEATURES if c not in _NOT_IN_MEMORY])
         if len(used) < len(tokenized):
             columns, tokenized = columns.take(used), tokenized.select(used)
         self.record_index = used
@@ -65,6 +69,8 @@ class PrefixPreferenceDataset(Dataset):
         self.largest_id = pc.max(columns.column("largest_id")).as_py()
         self.num_pairs = columns.column("num_pairs").to_numpy()
         self.num_scored = columns.column("num_scored").to_numpy()
+        self.num_cut = pc.sum(columns.column("num_cut")).as_py()
+        self.num_without_end = pc.sum(columns.column("num_without_end")).as_py()
         self.ids = columns.column("id").combine_chunks()
         self._sizes = {
             share_prefix: TreeSizes(*(columns.column(f"{layout}_{field}").to_numpy() for field in TreeSize._fields))
@@ -115,4 +121,9 @@ class PrefixPreferenceDataset(Dataset):
         used = f"{len(self) + self.num_merged:,} used"
         if self.num_merged:
             used += f" (merged into {len(self):,} examples)"
-        return f"{self.name}: {self.num_records:,} records = {used} + {sum(self.dropped.values()):,} dropped{drops}"
+        cut = ""
+        if self.num_cut:
+            cut = f"; {self.num_cut:,} of {int(self.num_responses_of.sum()):,} responses lost their end to max_seq_len"
+        return (
+            f"{self.name}: {self.num_records:,} records = {used} + {sum(self.dropped.values()):,} dropped{drops}{cut}"
+        )

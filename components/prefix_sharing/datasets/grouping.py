@@ -6,17 +6,20 @@ from typing import Any
 import datasets
 from datasets.fingerprint import Hasher
 
-from prefix_sharing.datasets.table import FEATURES, MERGED, dropped_example, tokenized_example
+from prefix_sharing.datasets.ranking import PairStrategy, pairs_with_a_preference
+from prefix_sharing.datasets.table import FEATURES, MERGED, NO_REMARKS, dropped_example, tokenized_example
 
 
-def group_by_prompt(tokenized: datasets.Dataset, name: str) -> datasets.Dataset:
+def group_by_prompt(tokenized: datasets.Dataset, name: str, strategy: PairStrategy) -> datasets.Dataset:
     """Merges examples that have the same prompt into the first of them.
 
-    Every pair stays a pair and counts as it did; a response that several pairs contain is there once.
+    Every pair stays a pair and counts as it did; a response that several pairs contain is there once. Examples of one
+    response with a score of its own become pairs.
 
     Args:
         tokenized (datasets.Dataset): a table with the columns of ``FEATURES``.
         name (str): where the records come from, for the progress bar.
+        strategy (PairStrategy): which pairs responses with scores of their own are compared by.
 
     Returns:
         datasets.Dataset: as many lines; those merged into an earlier one say so in ``dropped``.
@@ -27,27 +30,34 @@ def group_by_prompt(tokenized: datasets.Dataset, name: str) -> datasets.Dataset:
         if prompt:
             members.setdefault(first_of.setdefault(prompt, index), []).append(index)
     return tokenized.map(
-        _Merge(tokenized, {first: group for first, group in members.items() if len(group) > 1}),
+        _Merge(tokenized, members, strategy),
         with_indices=True,
         features=FEATURES,
         # Hashing the function would read the whole table.
-        new_fingerprint=Hasher.hash([tokenized._fingerprint, "group_by_prompt"]),
+        new_fingerprint=Hasher.hash([tokenized._fingerprint, "group_by_prompt", strategy]),
         desc=f"Grouping {name} by prompt",
     )
 
 
 class _Merge:
-    def __init__(self, tokenized: datasets.Dataset, groups: dict[int, list[int]]) -> None:
+    def __init__(self, tokenized: datasets.Dataset, groups: dict[int, list[int]], strategy: PairStrategy) -> None:
         self._tokenized = tokenized
-        self._groups = groups
-        self._merged = {index for group in groups.values() for index in group[1:]}
+        self._strategy = strategy
+        self._group_of = {index: group for group in groups.values() for index in group}
 
     def __call__(self, example: dict[str, Any], index: int) -> dict[str, Any]:
-        if index in self._merged:
-            return dropped_example(MERGED)
-        if index not in self._groups:
+        group = self._group_of.get(index, [index])
+        is_scored = bool(example["scores"])
+        if len(group) == 1 and not is_scored:
             return example
-        return merge([self._tokenized[member] for member in self._groups[index]])
+        remarks = {name: example[name] for name in NO_REMARKS}
+        if not is_scored and index != group[0]:
+            return dropped_example(MERGED, remarks)
+        members = [self._tokenized[member] for member in group]
+        merged = compare(members, self._strategy) if is_scored else merge(members)
+        if merged["dropped"] or index == group[0]:
+            return merged | {"lost_text": example["lost_text"], "unused": example["unused"]}
+        return dropped_example(MERGED, remarks)
 
 
 def merge(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -71,4 +81,35 @@ def merge(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         [list(scored) for _, scored in responses],
         pairs,
         examples[0]["prompt"],
+        remarks=_sum_of_remarks(examples),
     )
+
+
+def compare(examples: Sequence[dict[str, Any]], strategy: PairStrategy) -> dict[str, Any]:
+    """One example of several with one response each, compared by their scores.
+
+    Args:
+        examples (Sequence[dict[str, Any]]): lines of the table, with the same prompt.
+        strategy (PairStrategy): which pairs they are compared by.
+
+    Returns:
+        dict[str, Any]: a line of the table.
+    """
+    examples = sorted(examples, key=lambda example: -example["scores"][0])
+    tokens = [example["tokens"][0] for example in examples]
+    pairs = pairs_with_a_preference(tokens, [example["scores"][0] for example in examples], strategy)
+    if not pairs:
+        return dropped_example("one response to its prompt" if len(examples) == 1 else "tied scores")
+    used = sorted({k for pair in pairs for k in pair})
+    return tokenized_example(
+        [tokens[k] for k in used],
+        [examples[k]["scored"][0] for k in used],
+        [(used.index(chosen), used.index(rejected)) for chosen, rejected in pairs],
+        examples[0]["prompt"],
+        remarks=_sum_of_remarks([examples[k] for k in used]),
+    )
+
+
+def _sum_of_remarks(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    counts = {name: sum(example[name] for example in examples) for name in ("num_cut", "num_without_end")}
+    return {**NO_REMARKS, **counts}

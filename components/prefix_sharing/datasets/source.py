@@ -1,12 +1,126 @@
-"""Loading the records of a preference data set, and naming a record's place when something is wrong with it."""
+"""Loading the records of a preference data set as they were written, and naming a record's place in a message.
 
-from dataclasses import dataclass
+``datasets`` gives the values of JSON and CSV files types: in a column of strings that may be something else in one
+record, text such as ``"42"``, ``true`` or ``2026-01-01`` comes back as a number, a boolean or a date. So JSON is loaded
+as text, a line for each record, and parsed record by record; CSV is loaded as strings.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow.compute as pc
+from datasets.arrow_writer import SchemaInferenceError
+from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.json.json import Json
 
 from prefix_sharing.config import one_line
-from prefix_sharing.errors import UserError
+from prefix_sharing.errors import ConfigError, UserError
+
+_LINE, _VALUE = "line of JSON", "value of JSON"
+"""The only column of records in JSON, from files with a record in each line, and from others."""
+
+_BOM = "\ufeff"
+
+_LINES_TO_LOOK_AT = 64
+"""Enough to tell lines of JSON from a file that is one JSON value, even if some are malformed."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of a data set.
+
+    Attributes:
+        rows (datasets.Dataset): a row for each; ``to_record`` reads it.
+        name (str): the files they are read from, or else the data set's name on the hub.
+        are_lines (bool): whether each is a line of its file. Default: False.
+        origin (np.ndarray | None): index of each in its split, all files and blank lines counted. Default: None, that
+            of its row.
+        files (Sequence[str]): several files that they come from, in their order.
+        length_of (Callable[[str], int] | None): tells how many records or lines one of the files has.
+    """
+
+    rows: datasets.Dataset
+    name: str
+    are_lines: bool = False
+    origin: np.ndarray | None = None
+    files: Sequence[str] = ()
+    length_of: Callable[[str], int] | None = None
+
+    @property
+    def is_json(self) -> bool:
+        """Whether a row is a line of JSON."""
+        return _is_json(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A record; raises ValueError if it is not JSON that should be."""
+        return to_record(self.rows[index], self.is_json)
+
+    def describe(self, index: int) -> str:
+        """The file and number of a record, for a message.
+
+        Args:
+            index (int): index of its row.
+
+        Returns:
+            str: such as ``pairs.jsonl, record 12 (line 13)``; records count from 0, lines from 1.
+        """
+        if self.origin is not None:
+            index = int(self.origin[index])
+        name = self.name
+        if self.length_of is not None:
+            for name in self.files:
+                length = self.length_of(name)
+                if index < length:
+                    break
+                index -= length
+        return f"{name}, record {index}" + (f" (line {index + 1})" if self.are_lines else "")
+
+
+def to_record(row: Mapping[str, Any], is_json: bool) -> dict[str, Any]:
+    """Reads a row.
+
+    Args:
+        row (Mapping[str, Any]): a row of ``Records``.
+        is_json (bool): whether it is a line of JSON.
+
+    Returns:
+        dict[str, Any]: the record. Arrow fills in None for the keys that one object of a column has and another has
+            not: they are left out.
+
+    Raises:
+        ValueError: if it is JSON, but not an object, or not JSON.
+    """
+    if not is_json:
+        return {name: _without_none(value) for name, value in row.items()}
+    try:
+        record = json.loads(next(iter(row.values())).lstrip(_BOM), object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(record, dict):
+        raise ValueError("it is not a JSON object")
+    return record
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has the key '{next(name for name in names if names.count(name) > 1)}' twice")
+    return made
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_none(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: _without_none(entry) for name, entry in value.items() if entry is not None}
+    return value
 
 
 @dataclass(frozen=True)
@@ -14,7 +128,7 @@ class Source:
     """Where records come from: arguments of ``datasets.load_dataset``.
 
     Attributes:
-        path (str): hub name, or the kind of the local files (``json``, ``parquet``).
+        path (str): hub name, or the kind of the local files (``json``, ``csv``, ``parquet``).
         split (str): which split, slices such as ``train[:90%]`` included.
         kwargs (dict[str, Any]): ``data_files`` and whatever else ``load_dataset`` takes.
     """
@@ -33,52 +147,146 @@ class Source:
             files = [file for some in files.values() for file in ([some] if isinstance(some, str) else some)]
         return files if isinstance(files, str) else ", ".join(files)
 
-    def load(self) -> datasets.Dataset:
+    def load(self) -> Records:
         """Loads the records.
 
         Returns:
-            datasets.Dataset: the records.
+            Records: the records.
 
         Raises:
             UserError: if there is no such data, or it cannot be read.
         """
         try:
-            return datasets.load_dataset(self.path, split=self.split, **self.kwargs)
+            builder = datasets.load_dataset_builder(self.path, **self.kwargs)
+            splits = self._load_splits(builder)
         except TypeError as error:  # what load_dataset says to a key it does not know
             problem = "arguments that the builder does not know are passed to load_dataset, so check their spelling"
             raise UserError(f"{one_line(error)}; {problem}.") from error
         except StopIteration as error:
             raise UserError(f"{self.name} is empty.") from error
         except datasets.exceptions.DatasetGenerationError as error:
+            if isinstance(error.__cause__, SchemaInferenceError):  # of a file without a line
+                raise UserError(f"{self.name} is empty.") from error
             raise UserError(f"{self.name} cannot be read: {one_line(error.__cause__ or error)}.") from error
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise UserError(f"{self.name} cannot be loaded: {one_line(error)}.") from error
+        return self._take_split(splits, builder)
 
-    def describe(self, records: datasets.Dataset, index: int) -> str:
-        """The file and number of a record, for a message.
+    def _load_splits(self, builder: datasets.DatasetBuilder) -> Mapping[str, datasets.Dataset]:
+        if isinstance(builder, Json):
+            return self._load_json(builder)
+        kwargs = dict(self.kwargs)
+        if isinstance(builder, Csv) and builder.config.features is None:
+            heads = datasets.load_dataset(self.path, nrows=1, **kwargs)
+            names = next(iter(heads.values())).column_names
+            text = datasets.Features({name: datasets.Value("string") for name in names})
+            kwargs = {"features": text, "keep_default_na": False, "na_filter": False, **kwargs}
+        return datasets.load_dataset(self.path, **kwargs)
 
-        Args:
-            records (datasets.Dataset): what ``load`` returned.
-            index (int): index of the record there.
+    def _load_json(self, builder: datasets.DatasetBuilder) -> dict[str, datasets.Dataset]:
+        """Every split as lines of JSON, whether its files hold lines, a list of records, or a record."""
+        config = builder.config
+        if config.features is not None:
+            raise ValueError("features are not used: JSON is read as it was written")
+        # Those of load_dataset itself; the rest are the JSON builder's.
+        general = {"cache_dir", "download_config", "download_mode", "num_proc", "storage_options", "token"}
+        kwargs = {name: value for name, value in self.kwargs.items() if name in general}
+        kwargs |= {"encoding": config.encoding, "encoding_errors": config.encoding_errors}
+        files = {split: list(names) for split, names in config.data_files.items()}
+        if config.field is None:
+            lines = datasets.load_dataset("text", data_files=files, **kwargs)
+            if all(_holds_lines(split) for split in lines.values()):
+                return {name: split.rename_column("text", _LINE) for name, split in lines.items()}
+        documents = datasets.load_dataset("text", data_files=files, sample_by="document", **kwargs)
+        try:
+            return {
+                name: split.map(
+                    _split_document,
+                    batched=True,
+                    batch_size=1,
+                    remove_columns="text",
+                    fn_kwargs={"field": config.field},
+                    features=datasets.Features({_VALUE: datasets.Value("string")}),
+                    desc=f"Reading {self.name}",
+                )
+                for name, split in documents.items()
+            }
+        except ValueError as error:
+            problem = f"{self.name} cannot be read: it has no JSON object in each line, and is no JSON list of objects"
+            raise UserError(f"{problem} ({one_line(error)}).") from error
 
-        Returns:
-            str: such as ``pairs.jsonl, record 12 (line 13)``; records count from 0, lines from 1.
-        """
-        if records.split is None or not records.info.splits:
-            return f"{self.name}, record {index}"
-        lengths = {split: info.num_examples for split, info in records.info.splits.items()}
-        for part in datasets.ReadInstruction.from_spec(str(records.split)).to_absolute(lengths):
-            if index < part.to - part.from_:
-                index += part.from_
-                break
-            index -= part.to - part.from_
+    def _take_split(self, splits: Mapping[str, datasets.Dataset], builder: datasets.DatasetBuilder) -> Records:
+        kept = {name: _not_blank(rows) for name, rows in splits.items()}
+        lengths = {name: len(indices) for name, indices in kept.items()}
+        try:
+            parts = datasets.ReadInstruction.from_spec(self.split).to_absolute(lengths)
+        except (ValueError, AssertionError) as error:
+            raise ConfigError("split", f"'{self.split}' of {self.name}: {one_line(error).rstrip('.')}") from error
+        names = [part.splitname for part in parts]
+        taken = [kept[part.splitname][part.from_ : max(part.from_, part.to)] for part in parts]
+        if not any(len(indices) for indices in taken):
+            if not any(lengths[name] for name in names):
+                raise UserError(f"{self.name} is empty.")
+            there = ", ".join(f"{name} has {lengths[name]:,}" for name in dict.fromkeys(names))
+            raise ConfigError("split", f"'{self.split}' takes no record of {self.name}: {there}")
+        rows = datasets.concatenate_datasets(
+            [splits[name].select(indices) for name, indices in zip(names, taken, strict=True)]
+        )
+        if len(set(names)) > 1:
+            return Records(rows, f"{self.name}, split {self.split}")
+        files = list((builder.config.data_files or {}).get(names[0], [])) if "data_files" in self.kwargs else []
+        several = len(files) > 1
+        return Records(
+            rows,
+            self.name,
+            are_lines=rows.column_names == [_LINE],
+            origin=np.concatenate(taken),
+            files=files if several else (),
+            length_of=self._length_of if several else None,
+        )
 
-        name, files = self.name, self.kwargs.get("data_files")
-        if isinstance(files, (list, tuple)) and len(files) > 1:
-            for name in files:
-                length = len(Source(self.path, "train", {**self.kwargs, "data_files": name}).load())
-                if index < length:
-                    break
-                index -= length
-        is_jsonl = name.endswith((".jsonl", ".jsonl.gz", ".ndjson"))
-        return f"{name}, record {index}" + (f" (line {index + 1})" if is_jsonl else "")
+    def _length_of(self, file: str) -> int:
+        alone = replace(self, kwargs={**self.kwargs, "data_files": file})
+        return len(alone._load_splits(datasets.load_dataset_builder(self.path, **alone.kwargs))["train"])
+
+
+def _not_blank(rows: datasets.Dataset) -> np.ndarray:
+    """Indices of the rows with something in them."""
+    if not _is_json(rows):
+        return np.arange(len(rows))
+    return np.flatnonzero(pc.not_equal(pc.utf8_trim_whitespace(rows.data.column(0)), "").to_numpy())
+
+
+def _is_json(rows: datasets.Dataset) -> bool:
+    return rows.column_names in ([_LINE], [_VALUE])
+
+
+def _holds_lines(rows: datasets.Dataset) -> bool:
+    """Whether a file's rows are objects of JSON, as its first lines tell."""
+    lines = (text.lstrip(_BOM).strip() for text in rows[:_LINES_TO_LOOK_AT]["text"])
+    first, *others = [line for line in lines if line] or [""]
+    return not first.startswith("[") and (not first or any(_is_object(line) for line in (first, *others)))
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _split_document(batch: dict[str, list[str]], field: str | None) -> dict[str, list[str]]:
+    """The records of a file that is one JSON value, each as a line."""
+    try:
+        value = json.loads(batch["text"][0].lstrip(_BOM), object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if field is not None:
+        if not isinstance(value, dict) or field not in value:
+            raise ValueError(f"there is no field '{field}' at its top")
+        value = value[field]
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise ValueError("it holds neither an object in each line nor a list of objects")
+    return {_VALUE: [json.dumps(record) for record in value]}

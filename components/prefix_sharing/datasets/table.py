@@ -1,6 +1,6 @@
 """The table of tokenized examples: one for each record of the source, dropped ones included."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -11,6 +11,9 @@ from prefix_sharing.trees import PrefixTree, Response, TreeSize
 
 MERGED = "merged"
 """In ``dropped`` where the responses of a record were merged into an earlier one's: the record is used."""
+
+MALFORMED = "malformed"
+"""In ``dropped`` where a record could not be read, and ``problem`` says why."""
 
 BEYOND_ITS_SHARE = "beyond its share of the mixture"
 """In ``dropped`` where a record of a data set in a mixture is not used that would be used by itself."""
@@ -26,6 +29,12 @@ FEATURES = datasets.Features(
         "num_responses": datasets.Value("int32"),
         "num_pairs": datasets.Value("int32"),
         "num_scored": datasets.Value("int32"),
+        "scores": datasets.Sequence(datasets.Value("float64")),  # of single responses that are yet to be compared
+        "num_cut": datasets.Value("int32"),  # responses that lost their end to max_seq_len
+        "num_without_end": datasets.Value("int32"),  # responses without a scored token that ends them
+        "lost_text": datasets.Value("bool"),  # whether the chat template left out text of scored turns
+        "unused": datasets.Sequence(datasets.Value("string")),  # columns and keys of messages with no use
+        "problem": datasets.Value("string"),  # of a malformed record
         "longest": datasets.Value("int32"),
         "largest_id": datasets.Value("int32"),
         **{f"{layout}_{name}": datasets.Value("int64") for layout in ("tree", "paired") for name in TreeSize._fields},
@@ -33,8 +42,17 @@ FEATURES = datasets.Features(
 )
 
 
+NO_REMARKS = {"num_cut": 0, "num_without_end": 0, "lost_text": False, "unused": []}
+"""What there is to say of an example of which there is nothing to say."""
+
+
 def tokenized_example(
-    tokens: list[list[int]], scored: list[list[bool]], pairs: Sequence[tuple[int, int]], prompt: str
+    tokens: list[list[int]],
+    scored: list[list[bool]],
+    pairs: Sequence[tuple[int, int]],
+    prompt: str,
+    scores: Sequence[float] = (),
+    remarks: Mapping[str, Any] = NO_REMARKS,
 ) -> dict[str, Any]:
     """One line of the table.
 
@@ -43,6 +61,8 @@ def tokenized_example(
         scored (list[list[bool]]): which of them are scored.
         pairs (Sequence[tuple[int, int]]): indices of chosen and rejected response of each pair.
         prompt (str): fingerprint of the prompt that all responses answer, or "".
+        scores (Sequence[float]): of the response, if it is yet to be compared with others. Default: ().
+        remarks (Mapping[str, Any]): the columns of ``NO_REMARKS``. Default: ``NO_REMARKS``.
 
     Returns:
         dict[str, Any]: a value for each of ``FEATURES``.
@@ -62,20 +82,25 @@ def tokenized_example(
         "num_responses": len(tokens),
         "num_pairs": len(pairs),
         "num_scored": sum(sum(flags[1:]) for flags in scored),  # nothing predicts the first token
+        "scores": list(scores),
+        **remarks,
+        "problem": "",
         "longest": max(map(len, tokens)),
         "largest_id": max(map(max, tokens)),
         **{f"{layout}_{name}": value for layout, size in sizes.items() for name, value in size._asdict().items()},
     }
 
 
-def dropped_example(reason: str) -> dict[str, Any]:
+def dropped_example(reason: str, remarks: Mapping[str, Any] = NO_REMARKS, problem: str = "") -> dict[str, Any]:
     """The line of the table for a record that is not used, or is merged into another one.
 
     Args:
         reason (str): why.
+        remarks (Mapping[str, Any]): the columns of ``NO_REMARKS``. Default: ``NO_REMARKS``.
+        problem (str): what is wrong with a malformed record. Default: "".
 
     Returns:
         dict[str, Any]: a value for each of ``FEATURES``.
     """
-    empty: dict[str, list] = {name: [] for name in ("tokens", "scored", "pairs")}
-    return {**dict.fromkeys(FEATURES), **empty, "dropped": reason}
+    empty: dict[str, list] = {name: [] for name in ("tokens", "scored", "pairs", "scores")}
+    return {**dict.fromkeys(FEATURES), **empty, **remarks, "dropped": reason, "problem": problem}

@@ -1,18 +1,23 @@
 """From a record to the response sequences of an example: which turns are scored, what is cut, what is dropped."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from prefix_sharing.datasets.forms import Format, RecordError, scores_best_first, to_conversations
+import numpy as np
+
+from prefix_sharing.datasets.forms import FORMS, Comparison, Form, Record, RecordError
 from prefix_sharing.datasets.ranking import PairStrategy, pairs_with_a_preference
-from prefix_sharing.datasets.table import dropped_example, tokenized_example
+from prefix_sharing.datasets.source import to_record
+from prefix_sharing.datasets.table import MALFORMED, dropped_example, tokenized_example
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.fingerprint import code_fingerprint, fingerprint, source_of
-from prefix_sharing.tokenizers import ChatTokenizer, Turn, tokenize_turns
+from prefix_sharing.tokenizers import ChatTokenizer, TokenizedChat, Turn, tokenize_turns
+from prefix_sharing.trees import common_prefix_length
 
 MaskingStrategy = Literal["train_on_assistant", "train_on_last", "train_on_all"]
 Truncation = Literal["keep_start", "keep_end", "drop"]
+OnMalformed = Literal["stop", "drop"]
 
 _Sequence = tuple[list[int], list[bool]]
 """Token ids, and which of them are scored."""
@@ -26,8 +31,9 @@ class PreferenceOptions:
         ConfigError: if an option has a value it cannot have.
     """
 
-    format: Format | None = None
-    column_map: dict[str, str] = field(default_factory=dict)
+    format: str | None = None
+    column_map: dict[str, str | None] = field(default_factory=dict)
+    record_fn: Callable[[dict], dict] | None = None
     masking_strategy: MaskingStrategy = "train_on_assistant"
     new_system_prompt: str | None = None
     max_seq_len: int | None = None
@@ -35,15 +41,20 @@ class PreferenceOptions:
     filter_fn: Callable[[dict], bool] | None = None
     pairs: PairStrategy = "best_vs_rest"
     group_by_prompt: bool = False
+    on_malformed: OnMalformed = "stop"
+    max_malformed: float = 0.1
 
     def __post_init__(self) -> None:
         for key, choices in (
             ("masking_strategy", get_args(MaskingStrategy)),
             ("truncation", get_args(Truncation)),
             ("pairs", get_args(PairStrategy)),
+            ("on_malformed", get_args(OnMalformed)),
         ):
             if getattr(self, key) not in choices:
                 raise ConfigError(key, f"must be one of {', '.join(choices)}, not {getattr(self, key)}")
+        if not 0 <= self.max_malformed <= 1:
+            raise ConfigError("max_malformed", f"must be a share from 0 to 1, not {self.max_malformed}")
 
 
 class MalformedRecordError(Exception):
@@ -61,71 +72,172 @@ class TokenizeRecord:
 
     Args:
         tokenizer (ChatTokenizer): the tokenizer, without a limit of its own.
-        format (Format): how to read records.
+        form (Form): how to read records.
         options (PreferenceOptions): the options.
+        is_json (bool): whether a record is a line of JSON.
     """
 
     tokenizer: ChatTokenizer
-    format: Format
+    form: Form
     options: PreferenceOptions
-    filter_source: str | None = field(init=False)  # a function is hashed by its name alone
+    is_json: bool
+    sources: tuple[str | None, ...] = field(init=False)  # a function is hashed by its name alone
     code: str = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "filter_source", source_of(self.options.filter_fn))
+        sources = source_of(self.options.filter_fn), source_of(self.options.record_fn)
+        object.__setattr__(self, "sources", sources)
         object.__setattr__(self, "code", code_fingerprint("datasets", "tokenizers", "trees"))
 
-    def __call__(self, record: dict[str, Any], index: int) -> dict[str, Any]:
-        """The line of a record; raises ``MalformedRecordError`` if it is malformed."""
-        if self.options.filter_fn is not None and not self.options.filter_fn(record):
-            return dropped_example("filtered out")
-        try:
-            conversations = to_conversations(record, self.format, self.options.column_map)
-            if any(not conversation[-1]["content"].strip() for conversation in conversations):
-                return dropped_example("empty response")
-            responses = [self._tokenize(turns) for turns in conversations]
-        except RecordError as error:
-            raise MalformedRecordError(index, f"{error.key} {error.problem}") from error
-        except UserError as error:
-            raise MalformedRecordError(index, str(error).rstrip(".")) from error
-        prompts = [turns[:-1] for turns in conversations]
-        prompt = fingerprint(prompts[0]) if all(p == prompts[0] for p in prompts) else ""
-        scores = scores_best_first(record, self.format, self.options.column_map)
-        return self._example_of(responses, scores, prompt)
+    def __getstate__(self) -> dict[str, Any]:
+        # The form by its name: its reader is one of this package's functions, whose code is in the state already.
+        return {**self.__dict__, "form": self.form.name}
 
-    def _tokenize(self, turns: list[Turn]) -> _Sequence:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, form=FORMS[state["form"]])
+
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        """The line of a record; raises ``MalformedRecordError`` if it is malformed and that is to stop the run."""
+        try:
+            return self._line_of(row)
+        except (RecordError, UserError, ValueError) as error:
+            problem = f"{error.key} {error.problem}" if isinstance(error, RecordError) else str(error).rstrip(".")
+            if self.options.on_malformed == "stop":
+                raise MalformedRecordError(index, problem) from error
+            return dropped_example(MALFORMED, problem=problem)
+
+    def _line_of(self, row: dict[str, Any]) -> dict[str, Any]:
+        values = prepare_record(to_record(row, self.is_json), self.options.record_fn)
+        if self.options.filter_fn is not None and not _call("filter_fn", self.options.filter_fn, values):
+            return dropped_example("filtered out")
+        record = Record(values, self.options.column_map)
+        comparison = self.form.read(record)
+        last_turns = [turns[-1] for turns in comparison.conversations]
+        if any(
+            not turn.get("content", "")[len(given) :].strip() and "tool_calls" not in turn
+            for turn, given in zip(last_turns, comparison.given, strict=True)
+        ):
+            return dropped_example("empty response")
+        chats = [
+            self._tokenize(turns, given, comparison)
+            for turns, given in zip(comparison.conversations, comparison.given, strict=True)
+        ]
+        unused = [f"column {name}" for name in record.unused()]
+        unused += [f"message key {name}" for name in dict.fromkeys(key for chat in chats for key in chat.unused)]
+        return self._example_of(comparison, chats, unused)
+
+    def _tokenize(self, turns: list[Turn], given: str, comparison: Comparison) -> TokenizedChat:
         strategy = self.options.masking_strategy
         if strategy == "train_on_assistant":
             scored = [turn["role"] == "assistant" for turn in turns]
         else:
-            scored = [strategy == "train_on_all"] * (len(turns) - 1) + [True]
+            # What a tool returned is nobody's to learn.
+            scored = [strategy == "train_on_all" and turn["role"] != "tool" for turn in turns[:-1]] + [True]
         if self.options.new_system_prompt is not None:
             others = [(turn, flag) for turn, flag in zip(turns, scored, strict=True) if turn["role"] != "system"]
             turns = [{"role": "system", "content": self.options.new_system_prompt}, *(turn for turn, _ in others)]
             scored = [False, *(flag for _, flag in others)]
-        return tokenize_turns(self.tokenizer, turns, scored)
+
+        def tokenize(turns: list[Turn], scored: list[bool]) -> TokenizedChat:
+            return tokenize_turns(self.tokenizer, turns, scored, comparison.tools, comparison.template_kwargs)
+
+        chat = tokenize(turns, scored)
+        if not given:
+            return chat
+        nothing = [False] * len(turns)
+        beginning = tokenize([*turns[:-1], {**turns[-1], "content": given}], nothing).tokens
+        of_last_turn = tokenize(turns, [*nothing[:-1], True]).scored
+        shared = common_prefix_length([np.array(beginning), np.array(chat.tokens)])
+        is_given = [t < shared and flag for t, flag in enumerate(of_last_turn)]
+        flags = [flag and not of_given for flag, of_given in zip(chat.scored, is_given, strict=True)]
+        return replace(chat, scored=flags)
 
     def _example_of(
-        self, responses: Sequence[_Sequence], scores: Sequence[float] | None, prompt: str
+        self, comparison: Comparison, chats: Sequence[TokenizedChat], unused: Sequence[str]
     ) -> dict[str, Any]:
-        limit, longest = self.options.max_seq_len, max(len(tokens) for tokens, _ in responses)
-        if limit is not None:
-            if self.options.truncation == "drop" and longest > limit:
-                return dropped_example("longer than max_seq_len")
-            keep_end = self.options.truncation == "keep_end"
-            keep = slice(max(0, longest - limit), None) if keep_end else slice(limit)
-            responses = [(tokens[keep], scored[keep]) for tokens, scored in responses]
+        limit, longest = self.options.max_seq_len, max(len(chat.tokens) for chat in chats)
+        remarks = {
+            "num_cut": 0,
+            "num_without_end": 0,
+            "lost_text": any(chat.lost_text for chat in chats),
+            "unused": list(unused),
+        }
+        if limit is not None and self.options.truncation == "drop" and longest > limit:
+            return dropped_example("longer than max_seq_len", remarks)
+        whole = [(chat.tokens, chat.scored) for chat in chats]
+        if limit is None:
+            keep = slice(None)
+        elif self.options.truncation == "keep_end":
+            keep = slice(max(0, longest - limit), None)
+        else:
+            keep = slice(limit)
+        responses = [(tokens[keep], scored[keep]) for tokens, scored in whole]
+        if any(not any(scored[1:]) for _, scored in whole):
+            return dropped_example("nothing scored", remarks)
         if any(not any(scored[1:]) for _, scored in responses):
-            return dropped_example("nothing scored")
+            return dropped_example("nothing scored up to max_seq_len", remarks)
         tokens = [ids for ids, _ in responses]
-        pairs = pairs_with_a_preference(tokens, scores, self.options.pairs)
+        pairs = pairs_with_a_preference(tokens, comparison.scores, self.options.pairs)
         if len(tokens) > 1 and not pairs:
-            return dropped_example("tied scores" if any(ids != tokens[0] for ids in tokens) else "identical responses")
+            is_tied = any(ids != tokens[0] for ids in tokens)
+            return dropped_example("tied scores" if is_tied else _why_identical(comparison, whole), remarks)
         # What is in no pair need not be computed.
         used = sorted({k for pair in pairs for k in pair}) or list(range(len(responses)))
+        is_cut = [limit is not None and keep.start is None and len(chat.tokens) > limit for chat in chats]
+        remarks["num_cut"] = sum(is_cut[k] for k in used)
+        remarks["num_without_end"] = sum(not chats[k].has_end and not is_cut[k] for k in used)
         return tokenized_example(
             [responses[k][0] for k in used],
             [responses[k][1] for k in used],
             [(used.index(chosen), used.index(rejected)) for chosen, rejected in pairs],
-            prompt,
+            _prompt_of(comparison),
+            comparison.scores or () if len(tokens) == 1 else (),
+            remarks,
         )
+
+
+def prepare_record(values: dict[str, Any], record_fn: Callable[[dict], dict] | None) -> dict[str, Any]:
+    """A record as forms read it.
+
+    Args:
+        values (dict[str, Any]): the record as it was loaded.
+        record_fn (Callable[[dict], dict] | None): the user's function that makes a record of a known form of it.
+
+    Returns:
+        dict[str, Any]: the record.
+
+    Raises:
+        ValueError: if the function fails, or returns something else.
+    """
+    if record_fn is None:
+        return values
+    made = _call("record_fn", record_fn, values)
+    if not isinstance(made, dict):
+        raise ValueError(f"record_fn returns a {type(made).__name__}, but must return a dict")
+    return made
+
+
+def _call(key: str, function: Callable[[dict], Any], values: dict[str, Any]) -> Any:
+    try:
+        return function(values)
+    except Exception as error:  # the user's own code
+        raise ValueError(f"{key} fails with {type(error).__name__}: {error}") from error
+
+
+def _why_identical(comparison: Comparison, whole: Sequence[_Sequence]) -> str:
+    """Where responses became identical: in the data, in its reading, in the template or by the cut."""
+    for things, reason in (
+        (comparison.raw, "identical responses"),
+        (comparison.conversations, "identical after reading"),
+        ([tokens for tokens, _ in whole], "identical after the chat template"),
+    ):
+        if all(thing == things[0] for thing in things):
+            return reason
+    return "identical up to max_seq_len"
+
+
+def _prompt_of(comparison: Comparison) -> str:
+    prompts = [(turns[:-1], given) for turns, given in zip(comparison.conversations, comparison.given, strict=True)]
+    if any(prompt != prompts[0] for prompt in prompts):
+        return ""
+    return fingerprint([prompts[0], comparison.tools, comparison.template_kwargs])

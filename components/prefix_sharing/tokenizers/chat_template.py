@@ -1,6 +1,8 @@
 """Chat templates: rendering a conversation in jinja's sandbox, and finding each turn in what was rendered."""
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -9,11 +11,14 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from prefix_sharing.errors import UserError
-from prefix_sharing.tokenizers.chat_tokenizer import Turn
+from prefix_sharing.tokenizers.chat_tokenizer import REASONING_KEYS, Turn
 
 _PLACEHOLDER = "\ue000prefix-sharing\ue001"
 """Takes the place of a turn's content to find where the template puts it: private-use characters, which no template
 treats in a way of its own."""
+
+_LONGEST_BEGINNING = 64
+"""Characters that a generation prompt may take of an answer, such as ``<think>``."""
 
 
 class ChatTemplate:
@@ -29,6 +34,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: dict[str, str], name: str) -> None:
+        self._source = source
         self._special_tokens = special_tokens
         self._name = name
         environment = ImmutableSandboxedEnvironment(
@@ -42,11 +48,45 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template of {name} is not valid jinja: {error}.") from error
 
-    def render(self, turns: list[Turn], *, add_generation_prompt: bool = False) -> str:
-        """Renders a conversation.
+    def uses(self, key: str) -> bool:
+        """Whether the template mentions a key of messages, or a variable."""
+        return re.search(rf"\b{re.escape(key)}\b", self._source) is not None
+
+    def chat(
+        self,
+        turns: Sequence[Turn],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> "RenderedChat":
+        """Renders a conversation in which turns can then be found.
 
         Args:
-            turns (list[Turn]): the conversation.
+            turns (Sequence[Turn]): the conversation.
+            tools (Sequence[Mapping[str, Any]] | None): the tools there are. Default: None.
+            kwargs (Mapping[str, Any] | None): what else the template is given. Default: None.
+
+        Returns:
+            RenderedChat: the conversation as the model reads it.
+
+        Raises:
+            UserError: if the template refuses the conversation.
+        """
+        return RenderedChat(self, list(turns), tools, kwargs or {})
+
+    def render(
+        self,
+        turns: Sequence[Turn],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """Renders a conversation as transformers' ``apply_chat_template`` does.
+
+        Args:
+            turns (Sequence[Turn]): the conversation.
+            tools (Sequence[Mapping[str, Any]] | None): the tools there are. Default: None.
+            kwargs (Mapping[str, Any] | None): what else the template is given. Default: None.
             add_generation_prompt (bool): whether to end with what asks for the assistant's turn. Default: False.
 
         Returns:
@@ -55,24 +95,61 @@ class ChatTemplate:
         Raises:
             UserError: if the template refuses the conversation.
         """
+        given = {
+            "messages": turns,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._special_tokens,
+            **(kwargs or {}),
+        }
         try:
-            return self._template.render(
-                messages=turns, add_generation_prompt=add_generation_prompt, tools=None, **self._special_tokens
-            )
-        except jinja2.TemplateError as error:
+            return self._template.render(given)
+        # A template is a program: it may fail with any error that its expressions may.
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
             roles = ", ".join(turn["role"] for turn in turns)
             raise UserError(f"the chat template of {self._name} refuses turns of {roles}: {error}") from error
 
-    def find_turn(self, turns: list[Turn], i: int, text: str) -> tuple[int, int]:
-        """Finds turn ``i`` in the rendered conversation, from behind its generation prompt to the end of its content.
+    def cannot_find(self, turns: Sequence[Turn], i: int) -> UserError:
+        """The error that says that a turn cannot be found in the rendered conversation."""
+        way_out = "set masking_strategy: train_on_last, or " if i < len(turns) - 1 else ""
+        return UserError(
+            f"the chat template of {self._name} renders turn {i + 1} ({turns[i]['role']}) of {len(turns)} in a way "
+            f"that hides where the turn begins or ends, so it cannot be scored; {way_out}use another chat template."
+        )
 
-        Works on the conversation as a whole, so that templates which render a turn differently once others follow are
-        found as they were rendered.
+
+class RenderedChat:
+    """A conversation as a template renders it, in which turns can be found.
+
+    Works on the conversation as a whole, so that templates which render a turn differently once others follow are found
+    as they were rendered.
+
+    Args:
+        template (ChatTemplate): the template.
+        turns (list[Turn]): the conversation.
+        tools (Sequence[Mapping[str, Any]] | None): the tools there are.
+        kwargs (Mapping[str, Any]): what else the template is given.
+
+    Attributes:
+        text (str): what the model reads.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        turns: list[Turn],
+        tools: Sequence[Mapping[str, Any]] | None,
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        self._template, self._turns, self._tools, self._kwargs = template, turns, tools, kwargs
+        self.text = self._render(turns)
+
+    def find_turn(self, i: int) -> tuple[int, int]:
+        """Finds turn ``i``, from behind its generation prompt to the end of its content.
 
         Args:
-            turns (list[Turn]): the conversation.
             i (int): which turn.
-            text (str): ``render(turns)``.
 
         Returns:
             tuple[int, int]: the turn is ``text[start:end]``.
@@ -80,32 +157,70 @@ class ChatTemplate:
         Raises:
             UserError: if the turn cannot be found with certainty.
         """
-        rendered = self.render([*turns[:i], {**turns[i], "content": _PLACEHOLDER}, *turns[i + 1 :]])
+        turns, text = self._turns, self.text
+        without = {"role": turns[i]["role"]} if "tool_calls" in turns[i] else turns[i]
+        rendered = self._render([*turns[:i], {**without, "content": _PLACEHOLDER}, *turns[i + 1 :]])
         before, found, after = rendered.rpartition(_PLACEHOLDER)
         end = len(text) - len(after)
-        start = self._end_of_generation_prompt(turns, i, text)
+        start = self._end_of_generation_prompt(i)
         if start is None and text.startswith(before):
             start = len(before)
         # Nothing but the end of the turn follows the last one, so what precedes its content may depend on the content.
         surrounded = text.endswith(after) and (text.startswith(before) or i == len(turns) - 1)
         if not found or not surrounded or start is None or start > end:
-            way_out = "set masking_strategy: train_on_last, or " if i < len(turns) - 1 else ""
-            raise UserError(
-                f"the chat template of {self._name} renders turn {i + 1} ({turns[i]['role']}) of {len(turns)} in a way "
-                f"that hides where the turn begins or ends, so it cannot be scored; {way_out}use another chat template."
-            )
+            raise self._template.cannot_find(turns, i)
         return start, end
 
-    def _end_of_generation_prompt(self, turns: list[Turn], i: int, text: str) -> int | None:
+    def find_call(self, i: int) -> tuple[int, int] | None:
+        """Finds a turn with tool calls, from behind its generation prompt to the end of all that it adds to the text.
+
+        Args:
+            i (int): which turn.
+
+        Returns:
+            tuple[int, int] | None: the turn and what ends it are ``text[start:end]``; None unless it is rendered within
+                the conversation as it is at the end of one.
+        """
+        before, through = (self._render(self._turns[:end]) for end in (i, i + 1))
+        added = through.removeprefix(before)
+        if added == through or not added:
+            return None
+        same = [k for k, turn in enumerate(self._turns) if turn == self._turns[i]]
+        if self.text.startswith(through):
+            start = len(before)
+        elif self.text.count(added) == len(same):
+            start = [match.start() for match in re.finditer(re.escape(added), self.text)][same.index(i)]
+        else:
+            return None
+        prompt = self._render(self._turns[:i], add_generation_prompt=True).removeprefix(before)
+        return start + (len(prompt) if added.startswith(prompt) else 0), start + len(added)
+
+    def keeps_text(self, i: int, start: int, end: int) -> bool:
+        """Whether the text of a turn is in ``text[start:end]``, whitespace aside; a generation prompt may begin it."""
+        turn = self._turns[i]
+        shown = _squeezed(self.text[max(0, start - _LONGEST_BEGINNING) : end])
+        content = _squeezed(turn.get("content") or "")
+        kept = content in shown if "tool_calls" in turn else shown.endswith(content)
+        thoughts = [turn[key] for key in REASONING_KEYS if isinstance(turn.get(key), str)]
+        return kept and all(_squeezed(text) in shown for text in thoughts)
+
+    def _render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
+        return self._template.render(turns, self._tools, self._kwargs, add_generation_prompt=add_generation_prompt)
+
+    def _end_of_generation_prompt(self, i: int) -> int | None:
         """Where turn i begins, if it follows a generation prompt and the turns before it render as they do alone."""
-        if turns[i]["role"] != "assistant" or i == 0:
+        if self._turns[i]["role"] != "assistant" or i == 0:
             return None
         try:
-            prompt = self.render(turns[:i], add_generation_prompt=True)
-            has_generation_prompt = prompt != self.render(turns[:i])
+            prompt = self._render(self._turns[:i], add_generation_prompt=True)
+            has_generation_prompt = prompt != self._render(self._turns[:i])
         except UserError:
             return None
-        return len(prompt) if has_generation_prompt and text.startswith(prompt) else None
+        return len(prompt) if has_generation_prompt and self.text.startswith(prompt) else None
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 class _GenerationTag(Extension):

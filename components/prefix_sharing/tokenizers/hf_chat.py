@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
 from tokenizers import Encoding, Tokenizer
 from torchtune.data import Message
 
 from prefix_sharing.errors import UserError
-from prefix_sharing.tokenizers.chat_template import ChatTemplate
-from prefix_sharing.tokenizers.chat_tokenizer import Turn
+from prefix_sharing.tokenizers.chat_template import ChatTemplate, RenderedChat
+from prefix_sharing.tokenizers.chat_tokenizer import TokenizedChat, Turn
 
 
 class HFChatTokenizer:
@@ -29,6 +30,8 @@ class HFChatTokenizer:
             the template, ``chat_template.jinja``.
         max_seq_len (int | None): longest sequence ``tokenize_messages`` returns; longer ones lose their end.
             Default: None.
+        chat_template_kwargs (Mapping[str, Any] | None): variables for the template, such as ``enable_thinking``.
+            Default: None.
 
     Raises:
         UserError: if a file is missing or there is no chat template.
@@ -36,11 +39,14 @@ class HFChatTokenizer:
 
     path: str
     max_seq_len: int | None
+    chat_template_kwargs: dict[str, Any]
     _definition: str
-    _template_source: str
+    _template_sources: dict[str, str]
     _named_tokens: dict[str, str]
 
-    def __init__(self, path: str, max_seq_len: int | None = None) -> None:
+    def __init__(
+        self, path: str, max_seq_len: int | None = None, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         directory = Path(path)
         # All special tokens come from the template. Without its post-processor the tokenizer adds none of its own, and
         # reports where whitespace tokens are.
@@ -51,24 +57,37 @@ class HFChatTokenizer:
                 "path": str(path),
                 "max_seq_len": max_seq_len,
                 "_definition": json.dumps(definition),
-                "_template_source": _find_template(directory, config),
-                "_named_tokens": _named_tokens(config),
+                "chat_template_kwargs": dict(chat_template_kwargs or {}),
+                "_template_sources": _find_templates(directory, config),
+                "_named_tokens": _named_tokens(directory, config),
             }
         )
 
     def __getstate__(self) -> dict[str, Any]:
         # Only what decides the tokens, so that equal tokenizers have equal fingerprints in the datasets cache.
-        names = ("path", "max_seq_len", "_definition", "_template_source", "_named_tokens")
+        names = (
+            "path",
+            "max_seq_len",
+            "chat_template_kwargs",
+            "_definition",
+            "_template_sources",
+            "_named_tokens",
+        )
         return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._template = ChatTemplate(self._template_source, self._named_tokens, self.path)
+        self._templates = {
+            name: ChatTemplate(source, self._named_tokens, self.path) for name, source in self._template_sources.items()
+        }
         self._tokenizer = Tokenizer.from_str(self._definition)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         added_tokens = self._tokenizer.get_added_tokens_decoder()
-        self.special_tokens = {token.content: i for i, token in added_tokens.items() if token.special}
+        named = set(self._named_tokens.values())
+        self.special_tokens = {
+            token.content: i for i, token in added_tokens.items() if token.special or token.content in named
+        }
         self._special_ids = frozenset(self.special_tokens.values())
         self.bos_id, self.eos_id, pad_id = (
             self._tokenizer.token_to_id(self._named_tokens.get(name, ""))
@@ -139,23 +158,83 @@ class HFChatTokenizer:
         if not add_end_tokens and messages[-1].role == "assistant" and not messages[-1].text_content:
             messages = messages[:-1]
         turns = [_to_turn(message) for message in messages]
-        text = self._template.render(turns, add_generation_prompt=not add_end_tokens)
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        mask = [True] * len(encoding.ids)
-        scored_turns = [i for i, message in enumerate(messages) if not message.masked]
-        if add_end_tokens and scored_turns:
-            # Nothing follows the last turn, so the first special token behind it ends a turn.
-            _, end = self._find_tokens(turns, len(turns) - 1, text, encoding)
-            end_of_turn = {self.eos_id, *[t for t in encoding.ids[end:] if t in self._special_ids][:1]}
-            for i in scored_turns:
-                start, end = self._find_tokens(turns, i, text, encoding)
-                behind = (t for t in range(end, len(mask)) if encoding.ids[t] in self._special_ids)
-                first_special = next(behind, None)
-                if first_special is not None and encoding.ids[first_special] in end_of_turn:
-                    end = first_special + 1
-                mask[start:end] = [False] * (end - start)
-        length = len(mask) if self.max_seq_len is None else self.max_seq_len
-        return encoding.ids[:length], mask[:length]
+        if add_end_tokens:
+            chat = self.tokenize_chat(turns, [not message.masked for message in messages])
+            tokens, masked = chat.tokens, [not is_scored for is_scored in chat.scored]
+        else:
+            text = self._templates["default"].render(turns, None, self.chat_template_kwargs, add_generation_prompt=True)
+            tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
+            masked = [True] * len(tokens)
+        return tokens[: self.max_seq_len], masked[: self.max_seq_len]
+
+    def tokenize_chat(
+        self,
+        turns: Sequence[Turn],
+        scored: Sequence[bool],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> TokenizedChat:
+        """Tokenizes a conversation with whatever the template knows of: tools, tool calls, thoughts. Cuts nothing.
+
+        Args:
+            turns (Sequence[Turn]): the conversation.
+            scored (Sequence[bool]): which turns count towards the log-prob. Of a call, that is all the template makes
+                of it.
+            tools (Sequence[Mapping[str, Any]] | None): the tools there are. Default: None.
+            template_kwargs (Mapping[str, Any] | None): variables for the template, which go before the
+                tokenizer's own. Default: None.
+
+        Returns:
+            TokenizedChat: its tokens, which are those of transformers' ``apply_chat_template``.
+
+        Raises:
+            UserError: if the template refuses the conversation, or a scored turn cannot be found with certainty in what
+                the template makes of it.
+        """
+        # As in transformers, a template of this name is for conversations with tools.
+        template = self._templates.get("tool_use" if tools else "default", self._templates["default"])
+        if not template.uses("tool_calls") and any("tool_calls" in turn for turn in turns):
+            raise UserError(f"the chat template of {self.path} has no place for tool_calls; use another chat template.")
+        chat = template.chat(turns, tools, {**self.chat_template_kwargs, **(template_kwargs or {})})
+        encoding = self._tokenizer.encode(chat.text, add_special_tokens=False)
+        flags, lost_text = [False] * len(encoding.ids), False
+        scored_turns = [i for i, is_scored in enumerate(scored) if is_scored]
+        end_of_turn = self._ends_of_turns(chat, turns, encoding) if scored_turns else set()
+        for i in scored_turns:
+            found = chat.find_call(i) if "tool_calls" in turns[i] else None
+            start, end = found or chat.find_turn(i)
+            lost_text |= not chat.keeps_text(i, start, end)
+            first, last = _tokens_between(encoding, start, end)
+            if found is None:
+                behind = next((t for t in range(last, len(flags)) if encoding.ids[t] in self._special_ids), None)
+                if behind is not None and encoding.ids[behind] in end_of_turn:
+                    last = behind + 1
+            else:
+                last = self._end_of_call(encoding, chat.text, first, last)
+            flags[first:last] = [True] * (last - first)
+        final = next((t for t in reversed(range(len(flags))) if flags[t]), None)
+        keys = dict.fromkeys(key for turn in turns for key in turn if key not in ("role", "content"))
+        unused = [key for key in keys if not template.uses(key)]
+        return TokenizedChat(
+            encoding.ids,
+            flags,
+            has_end=final is not None and encoding.ids[final] in self._special_ids | {self.eos_id},
+            lost_text=lost_text,
+            unused=tuple(unused if template.uses("tools") or not tools else [*unused, "tools"]),
+        )
+
+    def _ends_of_turns(self, chat: RenderedChat, turns: Sequence[Turn], encoding: Encoding) -> set[int | None]:
+        """Tokens that end a turn: EOS, and the first special one behind the last turn, as nothing follows that one."""
+        if "tool_calls" in turns[-1]:
+            return {self.eos_id, *self.stop_tokens}
+        _, end = _tokens_between(encoding, *chat.find_turn(len(turns) - 1))
+        return {self.eos_id, *[t for t in encoding.ids[end:] if t in self._special_ids][:1]}
+
+    def _end_of_call(self, encoding: Encoding, text: str, first: int, last: int) -> int:
+        """The end of a call's tokens: behind the special token that ends the turn, without the whitespace after it."""
+        while last > first and not text[slice(*encoding.offsets[last - 1])].strip():
+            last -= 1
+        return last
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> Mapping[str, Any]:
         """Tokenizes ``sample["messages"]``, as torchtune's transforms do.
@@ -172,21 +251,25 @@ class HFChatTokenizer:
         sample["tokens"], sample["mask"] = self.tokenize_messages(messages, add_end_tokens=not inference)
         return sample
 
-    def _find_tokens(self, turns: list[Turn], i: int, text: str, encoding: Encoding) -> tuple[int, int]:
-        """The range of tokens that overlap turn i."""
-        start, end = self._template.find_turn(turns, i, text)
-        offsets = encoding.offsets
-        first = next((t for t, (_, token_end) in enumerate(offsets) if token_end > start), len(offsets))
-        last = next((t for t in range(first, len(offsets)) if offsets[t][0] >= end), len(offsets))
-        return first, last
+
+def _tokens_between(encoding: Encoding, start: int, end: int) -> tuple[int, int]:
+    """The range of tokens that overlap a range of the text."""
+    offsets = encoding.offsets
+    first = next((t for t, (_, token_end) in enumerate(offsets) if token_end > start), len(offsets))
+    last = next((t for t in range(first, len(offsets)) if offsets[t][0] >= end), len(offsets))
+    return first, last
 
 
-def hf_chat_tokenizer(path: str, max_seq_len: int | None = None) -> HFChatTokenizer:
+def hf_chat_tokenizer(
+    path: str, max_seq_len: int | None = None, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> HFChatTokenizer:
     """Builds a tokenizer from a Hugging Face model's files, for a config.
 
     Args:
         path (str): directory with ``tokenizer.json`` and a chat template, usually the model's own.
         max_seq_len (int | None): longest sequence in tokens. Default: None.
+        chat_template_kwargs (Mapping[str, Any] | None): variables for the template, such as
+            ``{enable_thinking: False}``; those of a record's own go before them. Default: None.
 
     Returns:
         HFChatTokenizer: the tokenizer.
@@ -199,7 +282,10 @@ def hf_chat_tokenizer(path: str, max_seq_len: int | None = None) -> HFChatTokeni
               path: /tmp/SmolLM2-135M-Instruct
               max_seq_len: 1024
     """
-    return HFChatTokenizer(path=path, max_seq_len=max_seq_len)
+    kwargs: Any = chat_template_kwargs
+    if isinstance(kwargs, DictConfig):
+        kwargs = OmegaConf.to_container(kwargs, resolve=True)
+    return HFChatTokenizer(path, max_seq_len, kwargs)
 
 
 def _read(file: Path) -> str:
@@ -208,25 +294,39 @@ def _read(file: Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _find_template(directory: Path, config: dict[str, Any]) -> str:
+def _find_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The model's templates by name, from wherever transformers would read them; one of them is ``default``."""
+    templates = config.get("chat_template") or {}
+    if isinstance(templates, str):
+        templates = {"default": templates}
+    elif isinstance(templates, list):
+        templates = {entry["name"]: entry["template"] for entry in templates}
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if template is None:
+        templates = {"default": file.read_text(encoding="utf-8")}
+        for other in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+            templates[other.stem] = other.read_text(encoding="utf-8")
+    if "default" not in templates:
         raise UserError(
             f"{directory} has no chat template, neither in chat_template.jinja nor in tokenizer_config.json; "
             "add one, or use one of torchtune's tokenizers."
         )
-    return template
+    return templates
 
 
-def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Names such as ``bos_token`` and their texts, which templates may use."""
+def _named_tokens(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Names such as ``bos_token`` and their texts, which templates may use, by transformers' rules.
+
+    ``special_tokens_map.json`` counts unless ``tokenizer_config.json`` lists its added tokens, and goes first.
+    """
+    file = directory / "special_tokens_map.json"
+    named = dict(config)
+    if "added_tokens_decoder" not in config and file.is_file():
+        named |= json.loads(file.read_text(encoding="utf-8"))
+    extra = named.get("extra_special_tokens")
+    named |= extra if isinstance(extra, dict) else {}
     tokens = {}
-    for name, value in config.items():
+    for name, value in named.items():
         text = value.get("content") if isinstance(value, dict) else value
         if name.endswith("_token") and isinstance(text, str):
             tokens[name] = text

@@ -1,0 +1,38 @@
+"""Forms of one answer: conversations for supervised fine-tuning, and answers with a verdict of their own for KTO."""
+
+from typing import Any
+
+from prefix_sharing.datasets.forms.comparison import Comparison, compare
+from prefix_sharing.datasets.forms.messages import parse_messages, parse_transcript
+from prefix_sharing.datasets.forms.prompt import prompt_of, with_system
+from prefix_sharing.datasets.forms.record import Record
+
+_VERDICTS: dict[Any, int] = {True: 1, False: 0}  # and the numbers 1 and 0, which equal them
+_VERDICTS |= {"1": 1, "0": 0, "true": 1, "false": 0, "True": 1, "False": 0}  # as CSV files hold them
+
+
+def read_chat(record: Record) -> Comparison:
+    """One conversation, messages or a transcript, for ``NLLLoss``."""
+    return _conversation(record)
+
+
+def has_verdict(record: Record) -> bool:
+    """Whether a record's ``label`` is a verdict, not the class of something."""
+    value = record.get("label" if "label" in record else "kto_tag")
+    return not isinstance(value, (list, dict)) and value in _VERDICTS
+
+
+def read_unpaired(record: Record) -> Comparison:
+    """An answer with a ``label``, or LLaMA-Factory's ``kto_tag``: whether it is desirable."""
+    label = bool(record.choice("label" if "label" in record else "kto_tag", _VERDICTS))
+    name = next((name for name in ("completion", "output") if name in record), None)
+    if name is None:
+        return _conversation(record, label)
+    return compare(record, prompt_of(record), [record.get(name)], [record.key(name)], label=label)
+
+
+def _conversation(record: Record, label: bool | None = None) -> Comparison:
+    name = "messages" if "messages" in record else "conversations"
+    value, key = record.get(name), record.key(name)
+    turns = parse_transcript(value, key) if isinstance(value, str) else parse_messages(value, key)
+    return compare(record, [], [with_system(record, turns)], [key], label=label)
