@@ -18,6 +18,7 @@ from torchtune.models.llama3 import llama3_tokenizer
 from prefix_sharing.datasets import prefix_preference_dataset
 from prefix_sharing.errors import UserError
 from prefix_sharing.quickstart import tokenizer as small_tokenizer
+from prefix_sharing.quickstart.checkpointer import TOKENIZER_DIR
 from prefix_sharing.tokenizers import hf_chat_tokenizer
 
 
@@ -43,6 +44,20 @@ def build(data_files, **kwargs):
     return prefix_preference_dataset(
         kwargs.pop("tokenizer", small_tokenizer()), source="json", data_files=data_files, **kwargs
     )
+
+
+def turns(*contents):
+    return [
+        {"role": role, "content": content}
+        for role, content in zip(["user", "assistant"] * len(contents), contents, strict=False)
+    ]
+
+
+def chat_tokenizer(tmp_path, template):
+    directory = tmp_path / "tokenizer"
+    shutil.copytree(TOKENIZER_DIR, directory)
+    (directory / "chat_template.jinja").write_text(template)
+    return hf_chat_tokenizer(str(directory))
 
 
 def scored_text(response, tokenizer):
@@ -210,6 +225,123 @@ def test_every_drop_is_counted_by_reason(write):
     assert dropping.dropped == {"empty response": 2, "identical responses": 1, "longer than max_seq_len": 2}
 
 
+def test_identical_answers_are_told_apart_by_where_they_became_so(write, tmp_path):
+    cut = pair("q", "bread " * 20 + "good", "bread " * 20 + "bad")
+    records = [
+        pair("q", "same", "same"),
+        {"prompt": "q", "chosen": turns("q", "same")[1:], "rejected": "same"},
+        {"prompt": "q", "chosen": turns("q", "same"), "rejected": "same"},
+        pair("q", "<think>hm</think>same", "<think>ah</think>same"),
+        cut,
+        pair("q", "a", "b"),
+    ]
+    template = """{% for m in messages %}<|start|>{{ m.role }}
+{{ m.content.split("</think>")[-1] }}<|end|>{% endfor %}"""
+    dataset = build(write(records), tokenizer=chat_tokenizer(tmp_path, template), max_seq_len=20)
+    assert dataset.dropped == {
+        "identical after reading": 1,
+        "identical after the chat template": 1,
+        "identical responses": 2,
+        "identical up to max_seq_len": 1,
+    }
+
+
+def test_answers_that_lost_their_end_are_counted(write):
+    records = [pair("q", "good", "bad"), pair("q", "bread " * 20, "bad"), pair("q", "bread " * 20, "oven " * 20)]
+    dataset = build(write(records), max_seq_len=20)
+    assert dataset.num_cut == 3
+    assert repr(dataset).endswith("3 used + 0 dropped; 3 of 6 responses lost their end to max_seq_len")
+    assert build(write(records)).num_cut == 0
+    assert build(write(records), max_seq_len=20, truncation="keep_end").num_cut == 0
+
+
+@pytest.mark.parametrize("has_end", [True, False])
+def test_a_template_without_an_end_of_answers_is_warned_of_once(write, tmp_path, caplog, has_end):
+    end = "{% if messages|length < 99 %}<|end|>{% endif %}" if has_end else ""
+    template = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}" + end + "{% endfor %}"
+    records = [pair("q", "good", "bad"), pair("q", "bread", "oven")]
+    dataset = build(write(records), tokenizer=chat_tokenizer(tmp_path, template))
+    warnings = [r.getMessage() for r in caplog.records if "does not learn to stop" in r.getMessage()]
+    assert dataset.num_without_end == (0 if has_end else 4)
+    assert len(warnings) == (0 if has_end else 1)
+    assert has_end or "4 of 4 responses have no token behind the answer that ends it" in warnings[0]
+
+
+def test_text_that_the_template_leaves_out_is_warned_of_with_its_records(write, tmp_path, caplog):
+    template = """{% for m in messages %}<|start|>{{ m.role }}
+{{ m.content.split("</think>")[-1] | trim }}<|end|>{% endfor %}"""
+    tokenizer = chat_tokenizer(tmp_path, template)
+    build(write([pair("q", " good\n", "bad"), pair("q", "<think>ah</think>good", "bad")]), tokenizer=tokenizer)
+    (warning,) = [r.getMessage() for r in caplog.records if "leaves out text" in r.getMessage()]
+    assert "of the answers of 1 records, such as" in warning
+    assert "record 1 (line 2)" in warning
+
+
+def test_columns_and_message_keys_without_a_use_are_named_in_one_line(write, caplog):
+    caplog.set_level("INFO")
+    answers = [{"role": "assistant", "content": text, "weight": 1, "name": None} for text in ("a", "b")]
+    records = [
+        {"prompt": "q", "chosen": answers[:1], "rejected": answers[1:], "id": 7, "tags": []},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "id": 8},
+    ]
+    build(write(records))
+    (line,) = [r.getMessage() for r in caplog.records if "not used" in r.getMessage()]
+    assert line.endswith("not used: column id (2 records), message key weight (1 records)")
+
+
+def test_what_is_given_of_an_answer_is_not_scored(write):
+    records = [{"prompt": "q", "initial_reason_steps": "bread butter", "chosen": " oven", "rejected": " salt"}]
+    tokenizer = small_tokenizer()
+    dataset = build(write(records))
+    assert [scored_text(response, tokenizer) for response in dataset[0]] == [" oven<|end|>", " salt<|end|>"]
+    assert "bread butter oven" in tokenizer.decode(dataset[0][0].tokens.tolist())
+
+
+def test_answers_of_one_prompt_in_several_records_are_compared(write):
+    def rated(prompt, response, helpfulness):
+        return {"prompt": prompt, "response": response, "helpfulness": helpfulness}
+
+    records = [rated("q", "bad", 1), rated("q", "good", 4), rated("p", "x", 2), rated("r", "a", 3), rated("r", "b", 3)]
+    dataset = build(write(records))
+    assert [scored_text(r, small_tokenizer()) for r in dataset[0]] == ["good<|end|>", "bad<|end|>"]
+    assert dataset.pairs(0).tolist() == [[0, 1]]
+    assert dataset.dropped == {"one response to its prompt": 1, "tied scores": 2}
+    assert len(dataset) + dataset.num_merged + sum(dataset.dropped.values()) == 5
+
+
+def test_malformed_records_are_dropped_and_counted_up_to_a_share(write, caplog):
+    records = [pair("q", "good", "bad")] * 8 + ["{", pair("q", 5, "bad")]
+    with pytest.raises(UserError, match=r"record 8 \(line 9\): it is not JSON: Expecting property name"):
+        build(write(records))
+    dataset = build(write(records), on_malformed="drop", max_malformed=0.2)
+    assert dataset.dropped == {"malformed": 2}
+    assert len(dataset) == 8
+    (warning,) = [r.getMessage() for r in caplog.records if "malformed" in r.getMessage()]
+    assert "2 of 10 records of" in warning
+    assert "record 9 (line 10): chosen must be a string" in warning
+    with pytest.raises(UserError, match=r"2 of 10 .* are malformed, more than max_malformed: 0.1 allows; the first is"):
+        build(write(records), on_malformed="drop")
+    with pytest.raises(UserError, match="'max_malformed': must be a share from 0 to 1"):
+        build(write(records), max_malformed=10)
+
+
+def to_pair(record):
+    return pair(record["ask"].upper(), *record["best_first"])
+
+
+def test_record_fn_makes_records_of_a_known_form(write):
+    file = write([{"ask": "q", "best_first": ["good", "bad"]}, {"ask": "p", "best_first": ["yes", "no"]}])
+    for record_fn in (to_pair, f"{__name__}.to_pair"):
+        dataset = build(file, record_fn=record_fn)
+        assert scored_text(dataset[1][0], small_tokenizer()) == "yes<|end|>"
+    with pytest.raises(UserError, match="'record_fn': 'nowhere.at_all' not found"):
+        build(file, record_fn="nowhere.at_all")
+    with pytest.raises(UserError, match=r"record 0 \(line 1\): record_fn fails with KeyError: 'ask'"):
+        build(write([pair("q", "a", "b")]), record_fn=to_pair)
+    with pytest.raises(UserError, match="record_fn returns a list, but must return a dict"):
+        build(file, record_fn=list)
+
+
 def starts_with_q(record):
     return record["prompt"].startswith("q")
 
@@ -235,10 +367,6 @@ def test_examples_stay_memory_mapped_and_the_second_start_finds_them(write):
 
 
 def test_another_template_or_mask_is_tokenized_anew(write, tmp_path):
-    import shutil
-
-    from prefix_sharing.quickstart.checkpointer import TOKENIZER_DIR
-
     file = write([MULTI_TURN])
     other = tmp_path / "other"
     shutil.copytree(TOKENIZER_DIR, other)
@@ -263,14 +391,17 @@ def test_statistics(write):
 def test_malformed_record_names_file_row_and_key(write):
     records = [pair("q", "good", "bad")] * 3 + [{"prompt": "q", "rejected": "bad"}]
     with pytest.raises(
-        UserError, match=r"pairs.jsonl, record 3 \(line 4\): chosen must be a string, a message or a list of messages, but is missing\.$"
+        UserError,
+        match=r"pairs.jsonl, record 3 \(line 4\): chosen must be a string, .* but is missing\.$",
     ):
         build(write(records))
 
 
 def test_malformed_record_is_found_behind_a_slice(write):
     records = [pair("q", "good", "bad")] * 3 + [pair("q", 7, "bad")]
-    with pytest.raises(UserError, match=r"pairs.jsonl, record 3 \(line 4\): chosen must be a string, .* but is a number"):
+    with pytest.raises(
+        UserError, match=r"pairs.jsonl, record 3 \(line 4\): chosen must be a string, .* but is a number"
+    ):
         build(write(records), split="train[2:]")
 
 
@@ -288,10 +419,6 @@ def test_malformed_record_is_found_by_worker_processes(write):
 
 
 def test_a_conversation_the_template_refuses_is_an_error_of_its_record(write, tmp_path):
-    import shutil
-
-    from prefix_sharing.quickstart.checkpointer import TOKENIZER_DIR
-
     directory = tmp_path / "refusing"
     shutil.copytree(TOKENIZER_DIR, directory)
     (directory / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
