@@ -73,6 +73,7 @@ def test_defaults_are_filled_in():
         ({"ac_mode": "some"}, "'ac_mode': must be full or selective, but is some."),
         ({"output_dir": "${nowhere}"}, "'output_dir': Interpolation key 'nowhere' not found"),
         ({"output_dir": "???"}, "'output_dir': required, but not set."),
+        ({"output_dir": None}, "'output_dir': required, but not set."),
         ({"dataset.num_pairs": "???"}, "'dataset.num_pairs': required, but not set."),
         ({"loss._component_": "prefix_sharing.losses.DPO"}, "'loss': component 'prefix_sharing.losses.DPO' not found"),
         ({"loss.bta": 1}, "'loss.bta': unknown argument of prefix_sharing.losses.DPOLoss. Did you mean 'beta'?"),
@@ -85,6 +86,21 @@ def test_what_is_wrong_is_named(overrides, message):
         checked(**overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["model", "tokenizer", "checkpointer", "dataset", "loss", "optimizer", "metric_logger", "output_dir"]
+)
+def test_null_is_not_a_value_of_a_required_key(monkeypatch, capsys, key):
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "--config", "quickstart/single_device", f"{key}=null")
+    assert capsys.readouterr().err == f"Error: Config key '{key}': required, but not set.\n"
+
+
+@pytest.mark.parametrize("key", ["ref_checkpointer", "dataset_val", "lr_scheduler", "profiler", "clip_grad_norm"])
+def test_null_is_a_value_of_the_other_keys(monkeypatch, key):
+    argv = ["--config", "quickstart/single_device", "run_val_every_n_steps=null", f"{key}=null"]
+    assert run_main(monkeypatch, *argv)[key] is None
 
 
 PACKED = {"batch_size": None, "gradient_accumulation_steps": None, "packing": "step", "global_batch_size": 8}
