@@ -186,6 +186,26 @@ def test_what_a_component_refuses_names_its_key():
         instantiate("loss", node)
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("batchsize", "batch_size"),
+        ("num_epochs", "epochs"),
+        ("grad_accumulation_steps", "gradient_accumulation_steps"),
+        ("clip_grad", "clip_grad_norm"),
+        ("fused", None),
+        ("deepspeed", None),
+        ("learning_rate", None),
+        ("entirely_different", None),
+    ],
+)
+def test_only_a_key_that_is_like_the_unknown_one_is_suggested(key, meant):
+    with pytest.raises(ConfigError) as caught:
+        checked(**{key: 1})
+    suggestion = "" if meant is None else f" Did you mean '{meant}'?"
+    assert str(caught.value) == f"Config key '{key}': unknown key.{suggestion}"
+
+
 def test_names_and_paths_resolve(tmp_path, monkeypatch):
     assert find_config("quickstart/single_device").endswith("quickstart/single_device.yaml")
     (tmp_path / "mine.yaml").write_text("a: 1")
@@ -194,8 +214,9 @@ def test_names_and_paths_resolve(tmp_path, monkeypatch):
         UserError, match="'quickstart/single_devise' not found. Did you mean 'quickstart/single_device'?"
     ):
         find_config("quickstart/single_devise")
-    with pytest.raises(UserError, match="'nowhere' not found. prefix-tune ls lists the configs of this package"):
-        find_config("nowhere")
+    for name in ("nowhere", "my_single_device.yaml"):
+        with pytest.raises(UserError, match=f"'{name}' not found. prefix-tune ls lists the configs of this package"):
+            find_config(name)
 
 
 def run_main(monkeypatch, *argv, function=lambda cfg: None):
