@@ -78,6 +78,13 @@ def test_defaults_are_filled_in():
         ({"loss._component_": "prefix_sharing.losses.DPO"}, "'loss': component 'prefix_sharing.losses.DPO' not found"),
         ({"loss.bta": 1}, "'loss.bta': unknown argument of prefix_sharing.losses.DPOLoss. Did you mean 'beta'?"),
         ({"model.num_layer": 3}, "'model.num_layer': unknown argument of torchtune.models.llama3.llama3. Did you mean"),
+        ({"loss.beta": [0.1, 0.2]}, "'loss.beta': must be a number, but is [0.1, 0.2]."),
+        ({"loss.beta": "abc"}, "'loss.beta': must be a number, but is 'abc'."),
+        ({"optimizer.lr": "1e-4x"}, "'optimizer.lr': must be a number, but is '1e-4x'."),
+        ({"optimizer.betas": 0.9}, "'optimizer.betas': must be a list"),
+        ({"lr_scheduler.num_warmup_steps": "x"}, "'lr_scheduler.num_warmup_steps': must be a whole number, but is"),
+        ({"model.num_layers": "two"}, "'model.num_layers': must be a whole number, but is 'two'."),
+        ({"tokenizer.max_seq_len": "${device}"}, "'tokenizer.max_seq_len': must be a whole number, but is 'cpu'."),
         ({"optimizer": "adam"}, "'optimizer': must name its component with _component_"),
     ],
 )
@@ -176,6 +183,20 @@ def test_a_recipe_of_ones_own_adds_keys():
     assert checked(MyConfig, my_key=4).my_key == 4
     with pytest.raises(ConfigError, match="'my_key': must be at least 1, but is 0"):
         checked(MyConfig, my_key=0)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"loss.beta": 1},
+        {"lr_scheduler.num_warmup_steps": 1e1},
+        {"optimizer.fused": None},
+        {"optimizer.betas": [0.9, 0.95]},
+        {"dataset._component_": "prefix_sharing.datasets.prefix_preference_dataset", "dataset.source": "json"},
+    ],
+)
+def test_what_suits_an_argument_passes(overrides):
+    assert checked(**overrides)
 
 
 def test_what_a_component_refuses_names_its_key():

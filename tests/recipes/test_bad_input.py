@@ -71,7 +71,10 @@ def write(tmp_path):
         ("device=cuda", "'device': cuda is not available"),
         ("model.num_heads=3", "'model': torchtune.models.llama3.llama3: "),
         ("tokenizer.max_seq_len=3", "has no usable example (dropped by reason: nothing scored: 64)."),
-        ("optimizer.lr=fast", "'optimizer': torch.optim.AdamW: "),
+        ("optimizer.lr=-1", "'optimizer': torch.optim.AdamW: Invalid learning rate: -1"),
+        ("optimizer.lr=fast", "'optimizer.lr': must be a number, but is 'fast'."),
+        ("loss.beta=[0.1,0.2]", "'loss.beta': must be a number, but is [0.1, 0.2]."),
+        ("tokenizer=null", "'tokenizer': required, but not set."),
         ("checkpointer.model_type=LLAMA9", "'checkpointer': prefix_sharing.quickstart.random_checkpointer: "),
     ],
 )
@@ -148,8 +151,11 @@ def test_a_checkpoint_that_is_not_there(refused, tmp_path):
 
 
 def test_a_mistake_in_the_held_out_data_set_names_its_key(refused):
-    assert "Error: Config key 'dataset_val': prefix_sharing.quickstart.preference_pairs: " in refused(
+    assert "Error: Config key 'dataset_val.num_pairs': must be a whole number, but is 'many'." in refused(
         "dataset_val.num_pairs=many"
+    )
+    assert "Error: Config key 'dataset_val': prefix_sharing.quickstart.preference_pairs: " in refused(
+        "dataset_val.num_pairs=-1"
     )
 
 
