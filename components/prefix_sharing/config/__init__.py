@@ -4,7 +4,7 @@ from prefix_sharing.config.checks import check_config
 from prefix_sharing.config.components import component_name, explained, instantiate, one_line
 from prefix_sharing.config.defaults import default_cache_dir
 from prefix_sharing.config.files import config_names, find_config
-from prefix_sharing.config.parsing import parse
+from prefix_sharing.config.parsing import parse, readable_errors
 from prefix_sharing.config.schema import DistributedConfig, ReferenceConfig, TrainingConfig, above, at_least
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "instantiate",
     "one_line",
     "parse",
+    "readable_errors",
 ]
