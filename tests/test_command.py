@@ -144,6 +144,17 @@ def test_validate_of_a_name_that_nobody_knows(refused):
     )
 
 
+def test_torchao_says_nothing_about_its_extensions_but_all_else(tmp_path):
+    command = Path(sys.executable).with_name("prefix-tune")
+    done = subprocess.run(
+        [command, "validate", "quickstart/single_device"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == (WELL_FORMED, "")
+    code = "import prefix_sharing.config, logging; logging.getLogger('torchao').warning('something else')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == "something else\n"
+
+
 @pytest.mark.slow
 def test_the_command_runs_our_recipes_on_two_processes(tmp_path):
     short = ["max_steps_per_epoch=1", "dataset_val=null", "run_val_every_n_steps=null", "dataset.num_pairs=64"]
