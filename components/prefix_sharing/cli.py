@@ -1,20 +1,31 @@
-"""``prefix-tune``: torchtune's ``tune`` command, which also lists, copies and runs this package's recipes and configs.
+"""``prefix-tune``: torchtune's ``tune`` command, which also knows this package's recipes and configs.
 
     prefix-tune ls
     prefix-tune cp prefix_dpo_distributed my_recipe.py
     prefix-tune cat quickstart/single_device
+    prefix-tune validate quickstart/single_device
     prefix-tune run prefix_dpo_single_device --config quickstart/single_device
 
 Plain ``tune run`` runs them as well.
 """
 
+import argparse
+import os
 import re
+import sys
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
 from torchtune import _recipe_registry as registry
-from torchtune._cli.tune import main as tune
+from torchtune._cli import tune
+from torchtune._cli.run import ROOT
+from torchtune._cli.validate import Validate
 
-from prefix_sharing.config import config_names, find_config
+from prefix_sharing.config import check_config, config_names, find_config, one_line, readable_errors
+from prefix_sharing.errors import UserError
 
 RECIPES = {
     "prefix_dpo_single_device": False,
@@ -32,25 +43,90 @@ def register() -> None:
     configs: dict[str, list[registry.Config]] = {recipe: [] for recipe in RECIPES}
     for name in config_names():
         file = find_config(name)
-        configs[recipe_of(file)].append(registry.Config(name=name, file_path=file))
+        recipe = recipe_of(file)
+        assert recipe is not None, f"{file} must begin with # Config for RECIPE.py"
+        configs[recipe].append(registry.Config(name=name, file_path=file))
     registry._ALL_RECIPES.extend(
         registry.Recipe(name=recipe, file_path=_path_of(recipe), configs=configs[recipe], supports_distributed=several)
         for recipe, several in RECIPES.items()
     )
 
 
-def recipe_of(file: str) -> str:
-    """The recipe that a config of this package is for, which its first line names.
+def recipe_of(file: str) -> str | None:
+    """The recipe that a config is for, which its first line names.
 
     Args:
         file (str): the config's path.
 
     Returns:
-        str: the recipe's name.
+        str | None: the recipe's name; None if the line names none, as in torchtune's own configs.
     """
     with open(file) as lines:
-        (recipe,) = re.findall(r"^# Config for (\w+)\.py", lines.readline())
-    return recipe
+        match = re.match(r"# Config for (\w+)\.py", lines.readline())
+    return match[1] if match else None
+
+
+class ValidateAsRecipesDo(Validate):
+    """``validate`` by name or path: this package's configs as their recipes check them, others as torchtune does."""
+
+    def _validate_cmd(self, args: argparse.Namespace) -> None:
+        with readable_errors():
+            file = _find_any_config(str(args.config))
+            cfg = _load(file)
+            config_class = _config_class(file, cfg)
+            if config_class is None:
+                super()._validate_cmd(argparse.Namespace(config=file))
+                return
+            to_set = _leave_to_the_command_line(cfg)
+            check_config(cfg, config_class)
+            still = f" Still to be set on the command line: {', '.join(to_set)}." if to_set else ""
+            print(f"Config is well-formed!{still}")
+
+
+def _find_any_config(name: str) -> str:
+    """The file of a config of this package or of torchtune."""
+    files = {config.name: config.file_path for recipe in registry.get_all_recipes() for config in recipe.configs}
+    if name in files and not Path(name).is_file():
+        return str(ROOT / "recipes" / "configs" / files[name])
+    return find_config(name)
+
+
+def _load(file: str) -> DictConfig:
+    try:
+        cfg = OmegaConf.load(file)
+    except Exception as error:
+        raise UserError(f"Config '{file}' cannot be read: {one_line(error)}.") from error
+    if not isinstance(cfg, DictConfig):
+        raise UserError(f"Config '{file}' cannot be read: it is a list, not keys and values.")
+    return cfg
+
+
+def _leave_to_the_command_line(cfg: DictConfig) -> list[str]:
+    """Makes null of each component's argument that is ``???``; returns which they were."""
+    keys: Any = OmegaConf.to_container(cfg)
+    nodes = {key: node for key, node in keys.items() if isinstance(node, dict)}
+    found = [f"{key}.{argument}" for key, node in nodes.items() for argument in node if node[argument] == "???"]
+    for key in found:
+        OmegaConf.update(cfg, key, None)
+    return found
+
+
+def _config_class(file: str, cfg: DictConfig) -> type | None:
+    """The keys of the recipe that a config is for; None if the recipe is not of this package's kind."""
+    recipe = recipe_of(file)
+    if recipe is None:
+        # Without such a line, a config with components of this package is for training, and the distributed recipe
+        # knows every key of the other one.
+        nodes: Any = OmegaConf.to_container(cfg)
+        components = [str(node.get("_component_")) for node in nodes.values() if isinstance(node, dict)]
+        if not any(component.startswith("prefix_sharing.") for component in components):
+            return None
+        recipe = "prefix_dpo_distributed"
+    if os.getcwd() not in sys.path:  # a recipe of the user's own, where tune run finds it
+        sys.path.append(os.getcwd())
+    if find_spec(recipe) is None:
+        raise UserError(f"Config '{file}' is for {recipe}.py, which was not found; run this where that file is.")
+    return getattr(getattr(import_module(recipe), "recipe_main", None), "config_class", None)
 
 
 def _path_of(recipe: str) -> str:
@@ -63,4 +139,5 @@ def _path_of(recipe: str) -> str:
 def main() -> None:
     """Runs ``tune`` with more recipes."""
     register()
-    tune()
+    tune.Validate = ValidateAsRecipesDo
+    tune.main()

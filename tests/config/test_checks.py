@@ -73,10 +73,18 @@ def test_defaults_are_filled_in():
         ({"ac_mode": "some"}, "'ac_mode': must be full or selective, but is some."),
         ({"output_dir": "${nowhere}"}, "'output_dir': Interpolation key 'nowhere' not found"),
         ({"output_dir": "???"}, "'output_dir': required, but not set."),
+        ({"output_dir": None}, "'output_dir': required, but not set."),
         ({"dataset.num_pairs": "???"}, "'dataset.num_pairs': required, but not set."),
         ({"loss._component_": "prefix_sharing.losses.DPO"}, "'loss': component 'prefix_sharing.losses.DPO' not found"),
         ({"loss.bta": 1}, "'loss.bta': unknown argument of prefix_sharing.losses.DPOLoss. Did you mean 'beta'?"),
         ({"model.num_layer": 3}, "'model.num_layer': unknown argument of torchtune.models.llama3.llama3. Did you mean"),
+        ({"loss.beta": [0.1, 0.2]}, "'loss.beta': must be a number, but is [0.1, 0.2]."),
+        ({"loss.beta": "abc"}, "'loss.beta': must be a number, but is 'abc'."),
+        ({"optimizer.lr": "1e-4x"}, "'optimizer.lr': must be a number, but is '1e-4x'."),
+        ({"optimizer.betas": 0.9}, "'optimizer.betas': must be a list"),
+        ({"lr_scheduler.num_warmup_steps": "x"}, "'lr_scheduler.num_warmup_steps': must be a whole number, but is"),
+        ({"model.num_layers": "two"}, "'model.num_layers': must be a whole number, but is 'two'."),
+        ({"tokenizer.max_seq_len": "${device}"}, "'tokenizer.max_seq_len': must be a whole number, but is 'cpu'."),
         ({"optimizer": "adam"}, "'optimizer': must name its component with _component_"),
     ],
 )
@@ -85,6 +93,21 @@ def test_what_is_wrong_is_named(overrides, message):
         checked(**overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["model", "tokenizer", "checkpointer", "dataset", "loss", "optimizer", "metric_logger", "output_dir"]
+)
+def test_null_is_not_a_value_of_a_required_key(monkeypatch, capsys, key):
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "--config", "quickstart/single_device", f"{key}=null")
+    assert capsys.readouterr().err == f"Error: Config key '{key}': required, but not set.\n"
+
+
+@pytest.mark.parametrize("key", ["ref_checkpointer", "dataset_val", "lr_scheduler", "profiler", "clip_grad_norm"])
+def test_null_is_a_value_of_the_other_keys(monkeypatch, key):
+    argv = ["--config", "quickstart/single_device", "run_val_every_n_steps=null", f"{key}=null"]
+    assert run_main(monkeypatch, *argv)[key] is None
 
 
 PACKED = {"batch_size": None, "gradient_accumulation_steps": None, "packing": "step", "global_batch_size": 8}
@@ -162,12 +185,46 @@ def test_a_recipe_of_ones_own_adds_keys():
         checked(MyConfig, my_key=0)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"loss.beta": 1},
+        {"lr_scheduler.num_warmup_steps": 1e1},
+        {"optimizer.fused": None},
+        {"optimizer.betas": [0.9, 0.95]},
+        {"dataset._component_": "prefix_sharing.datasets.prefix_preference_dataset", "dataset.source": "json"},
+    ],
+)
+def test_what_suits_an_argument_passes(overrides):
+    assert checked(**overrides)
+
+
 def test_what_a_component_refuses_names_its_key():
     node = OmegaConf.create({"_component_": "prefix_sharing.losses.DPOLoss", "beta": -1})
     with pytest.raises(
         UserError, match=r"^Config key 'loss': prefix_sharing.losses.DPOLoss: beta must be positive, not -1\.$"
     ):
         instantiate("loss", node)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("batchsize", "batch_size"),
+        ("num_epochs", "epochs"),
+        ("grad_accumulation_steps", "gradient_accumulation_steps"),
+        ("clip_grad", "clip_grad_norm"),
+        ("fused", None),
+        ("deepspeed", None),
+        ("learning_rate", None),
+        ("entirely_different", None),
+    ],
+)
+def test_only_a_key_that_is_like_the_unknown_one_is_suggested(key, meant):
+    with pytest.raises(ConfigError) as caught:
+        checked(**{key: 1})
+    suggestion = "" if meant is None else f" Did you mean '{meant}'?"
+    assert str(caught.value) == f"Config key '{key}': unknown key.{suggestion}"
 
 
 def test_names_and_paths_resolve(tmp_path, monkeypatch):
@@ -178,8 +235,9 @@ def test_names_and_paths_resolve(tmp_path, monkeypatch):
         UserError, match="'quickstart/single_devise' not found. Did you mean 'quickstart/single_device'?"
     ):
         find_config("quickstart/single_devise")
-    with pytest.raises(UserError, match="'nowhere' not found. prefix-tune ls lists the configs of this package"):
-        find_config("nowhere")
+    for name in ("nowhere", "my_single_device.yaml"):
+        with pytest.raises(UserError, match=f"'{name}' not found. prefix-tune ls lists the configs of this package"):
+            find_config(name)
 
 
 def run_main(monkeypatch, *argv, function=lambda cfg: None):

@@ -335,8 +335,8 @@ def test_columns_are_renamed_by_column_map():
         ConfigError, match=r"'column_map.promt': no form has a column of this name. Did you mean 'prompt'"
     ):
         check_column_map({"promt": "ask"}, [row])
-    with pytest.raises(ConfigError, match=r"'column_map.chosen': there is no column 'won'.* Did you mean 'win'"):
-        check_column_map({"chosen": "won"}, [row])
+    with pytest.raises(ConfigError, match=r"'column_map.chosen': there is no column 'wins'.* Did you mean 'win'"):
+        check_column_map({"chosen": "wins"}, [row])
 
 
 def test_messages_may_be_the_chosen_ones_of_preference_data():

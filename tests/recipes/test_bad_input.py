@@ -1,5 +1,6 @@
 """Bad input: one sentence, a status other than 0, no traceback, and nothing that was there is touched."""
 
+import importlib
 import json
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import prefix_dpo_single_device
+from prefix_sharing import cli
 from runs import SHORT, run_in_process
 
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
@@ -70,8 +72,11 @@ def write(tmp_path):
         ("output_dir=/proc/nothing", "'output_dir': /proc/nothing cannot be written"),
         ("device=cuda", "'device': cuda is not available"),
         ("model.num_heads=3", "'model': torchtune.models.llama3.llama3: "),
-        ("tokenizer.max_seq_len=3", "has no usable example (dropped by reason: nothing scored: 64)."),
-        ("optimizer.lr=fast", "'optimizer': torch.optim.AdamW: "),
+        ("tokenizer.max_seq_len=3", "has no usable example (dropped by reason: nothing scored up to max_seq_len: 64)."),
+        ("optimizer.lr=-1", "'optimizer': torch.optim.AdamW: Invalid learning rate: -1"),
+        ("optimizer.lr=fast", "'optimizer.lr': must be a number, but is 'fast'."),
+        ("loss.beta=[0.1,0.2]", "'loss.beta': must be a number, but is [0.1, 0.2]."),
+        ("tokenizer=null", "'tokenizer': required, but not set."),
         ("checkpointer.model_type=LLAMA9", "'checkpointer': prefix_sharing.quickstart.random_checkpointer: "),
     ],
 )
@@ -92,6 +97,22 @@ def test_activation_offloading_without_cuda(refused):
         pytest.skip("there is a CUDA device")
     said = refused("enable_activation_checkpointing=True", "enable_activation_offloading=True")
     assert "'enable_activation_offloading': needs a CUDA device" in said
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe, several in cli.RECIPES.items() if not several])
+def test_a_recipe_for_one_process_refuses_to_be_one_of_several(monkeypatch, capsys, tmp_path, recipe):
+    config = "benchmark/cpu" if recipe == "prefix_dpo_benchmark" else "quickstart/single_device"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["recipe", "--config", config])
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(recipe).recipe_main()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == (
+        "Error: This recipe runs on one process, but 2 were started; leave out --nproc_per_node, or train on several "
+        "with prefix_dpo_distributed.\n"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_data_file(refused):
@@ -148,8 +169,11 @@ def test_a_checkpoint_that_is_not_there(refused, tmp_path):
 
 
 def test_a_mistake_in_the_held_out_data_set_names_its_key(refused):
-    assert "Error: Config key 'dataset_val': prefix_sharing.quickstart.preference_pairs: " in refused(
+    assert "Error: Config key 'dataset_val.num_pairs': must be a whole number, but is 'many'." in refused(
         "dataset_val.num_pairs=many"
+    )
+    assert "Error: Config key 'dataset_val': prefix_sharing.quickstart.preference_pairs: " in refused(
+        "dataset_val.num_pairs=-1"
     )
 
 

@@ -44,6 +44,16 @@ def test_bad_input_is_one_line_for_tune_run_too(tmp_path):
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
+@pytest.mark.slow
+def test_two_processes_of_the_single_device_recipe_are_refused_once_and_write_nothing(tmp_path):
+    recipe = ["prefix_dpo_single_device", "--config", "quickstart/single_device"]
+    done = tune_run("--nproc_per_node", "2", *recipe, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("This recipe runs on one process, but 2 were started") == 1
+    assert done.stderr.count("Skipping import of cpp extensions") <= 1  # tune's own, before any of our code runs
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
 def test_recipes_read_top_to_bottom():
     for recipe in (prefix_dpo_single_device, prefix_dpo_distributed):
         lines = Path(recipe.__file__).read_text().splitlines()

@@ -19,3 +19,7 @@ class StubCheckpointer:
 
 class LossOfAnotherKind:
     """Not a ``prefix_sharing.losses.Loss``."""
+
+
+def annotated_for_type_checkers(size: "OnlyForTypeCheckers"):  # noqa: F821
+    pass

@@ -1,4 +1,4 @@
-"""Tools, calls and thoughts: rendered as transformers does; calls are scored as the assistant's words, results never."""
+"""Tools, calls and thoughts, rendered as transformers does: calls are scored with their end, results never."""
 
 import json
 import shutil

@@ -3,8 +3,8 @@
 from prefix_sharing.config.checks import check_config
 from prefix_sharing.config.components import component_name, explained, instantiate, one_line
 from prefix_sharing.config.defaults import default_cache_dir
-from prefix_sharing.config.files import config_names, did_you_mean, find_config
-from prefix_sharing.config.parsing import parse
+from prefix_sharing.config.files import config_names, find_config
+from prefix_sharing.config.parsing import parse, readable_errors
 from prefix_sharing.config.schema import DistributedConfig, ReferenceConfig, TrainingConfig, above, at_least
 
 __all__ = [
@@ -17,10 +17,10 @@ __all__ = [
     "component_name",
     "config_names",
     "default_cache_dir",
-    "did_you_mean",
     "explained",
     "find_config",
     "instantiate",
     "one_line",
     "parse",
+    "readable_errors",
 ]

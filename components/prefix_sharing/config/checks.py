@@ -43,6 +43,10 @@ def check_config(cfg: DictConfig, config_class: type) -> DictConfig:
         # What torchtune's parser makes of ``key=null`` on the command line.
         if OmegaConf.is_dict(cfg.get(key)) and cfg[key].get("_component_", key) is None:
             cfg[key] = None
+    values = dict(cfg.items_ex(resolve=False))
+    for key in OmegaConf.missing_keys(OmegaConf.structured(config_class)):
+        if values.get(key, key) is None:  # null sets a required key as little as leaving it out does
+            del cfg[key]
     is_training = issubclass(config_class, TrainingConfig)
     given = {str(key) for key, value in cfg.items_ex(resolve=False) if value is not None}
     if is_training:

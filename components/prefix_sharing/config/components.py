@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 
+from prefix_sharing.config.annotations import fits, in_words
 from prefix_sharing.config.files import did_you_mean
 from prefix_sharing.errors import ConfigError, UserError
 
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 
 _BUGS = (AttributeError, LookupError, NameError, AssertionError, ArithmeticError)
 """What a component raises because of its code rather than its arguments; its traceback is logged."""
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def instantiate(key: str, node: DictConfig, *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +49,7 @@ def component_name(node: DictConfig) -> str:
 
 
 def check_component(key: str, node: Any) -> None:
-    """Checks that a component exists and takes the arguments that are given to it.
+    """Checks that a component exists and takes the arguments that are given to it, as far as its annotations tell.
 
     Args:
         key (str): the config's key.
@@ -57,13 +60,20 @@ def check_component(key: str, node: Any) -> None:
     """
     if not OmegaConf.is_dict(node) or "_component_" not in node:
         raise ConfigError(key, "must name its component with _component_")
-    component = find_component(key, node._component_)
-    parameters = _parameters(component)
-    if parameters is None or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+    parameters = _parameters(find_component(key, node._component_))
+    if parameters is None:
         return
-    names = [name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_POSITIONAL]
-    for argument in node:
-        if argument != "_component_" and argument not in names:
+    kinds = {parameter.kind for parameter in parameters.values()}
+    names = [name for name, p in parameters.items() if p.kind not in _VARIADIC]
+    values: Any = OmegaConf.to_container(node, resolve=True)
+    for argument, value in values.items():
+        if argument == "_component_":
+            continue
+        if argument in names:
+            annotation = parameters[argument].annotation
+            if not fits(value, annotation):
+                raise ConfigError(f"{key}.{argument}", f"must be {in_words(annotation)}, but is {value!r}")
+        elif inspect.Parameter.VAR_KEYWORD not in kinds:
             suggestion = did_you_mean(argument, names)
             raise ConfigError(f"{key}.{argument}", f"unknown argument of {node._component_}.{suggestion}")
 
@@ -129,7 +139,7 @@ def one_line(error: BaseException) -> str:
 
 def _parameters(component: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
     """A component's parameters by name; None for what has no signature, such as some functions written in C."""
-    try:
-        return dict(inspect.signature(component).parameters)
-    except (TypeError, ValueError):
-        return None
+    for eval_str in (True, False):  # annotations that are strings may name what only a type checker imports
+        with contextlib.suppress(Exception):
+            return dict(inspect.signature(component, eval_str=eval_str).parameters)
+    return None

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from prefix_sharing.errors import UserError
 
+_ALIKE = 0.7
+"""How like a known name an unknown one has to be, of 1: below, ``fused`` is taken for ``seed``."""
+
 
 def config_names() -> list[str]:
     """Names of this package's configs, such as ``quickstart/single_device``."""
@@ -46,7 +49,7 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     Returns:
         str: such as " Did you mean 'batch_size'?", or nothing.
     """
-    matches = difflib.get_close_matches(name, known, n=1)
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=_ALIKE)
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 

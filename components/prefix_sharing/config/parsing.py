@@ -21,7 +21,7 @@ def parse(config_class: type) -> Callable[[Callable[[DictConfig], None]], Callab
     """Makes a recipe's main function read ``--config NAME_OR_PATH key=value ...`` as ``tune run`` hands them on.
 
     Config names of this package resolve as torchtune's own do. Whatever the user can put right is printed as one
-    sentence, with exit status 1 and no traceback.
+    sentence, with exit status 1 and no traceback. ``prefix-tune validate`` finds the keys as ``main.config_class``.
 
     Args:
         config_class (type): a dataclass of the keys the recipe takes, ``TrainingConfig`` or one of your own.
@@ -33,9 +33,10 @@ def parse(config_class: type) -> Callable[[Callable[[DictConfig], None]], Callab
     def decorate(recipe_main: Callable[[DictConfig], None]) -> Callable[[], None]:
         @functools.wraps(recipe_main)
         def main() -> None:
-            with _readable_errors():
+            with readable_errors():
                 recipe_main(check_config(_read_config(), config_class))
 
+        main.config_class = config_class  # type: ignore[attr-defined]
         return main
 
     return decorate
@@ -59,8 +60,12 @@ def _read_config() -> DictConfig:
 
 
 @contextlib.contextmanager
-def _readable_errors() -> Iterator[None]:
-    """Prints what the user can fix as one line; a distributed run prints it once."""
+def readable_errors() -> Iterator[None]:
+    """Prints what the user can fix as one line and exits with status 1; a distributed run prints it once.
+
+    Yields:
+        None: to the body.
+    """
     try:
         yield
     except Exception as error:

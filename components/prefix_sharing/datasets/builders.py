@@ -1,6 +1,7 @@
 """The builders that a config names: records are tokenized once, in parallel, and cached by ``datasets``."""
 
 import copy
+import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -11,12 +12,13 @@ from typing import Any
 import datasets
 
 from prefix_sharing.config import one_line
+from prefix_sharing.config.files import did_you_mean
 from prefix_sharing.datasets.dataset import PrefixPreferenceDataset
 from prefix_sharing.datasets.forms import Form, check_column_map, choose_form, recognize_form
 from prefix_sharing.datasets.grouping import group_by_prompt as merge_by_prompt
 from prefix_sharing.datasets.ranking import PairStrategy
 from prefix_sharing.datasets.remarks import check_malformed, log_remarks
-from prefix_sharing.datasets.source import Records, Source
+from prefix_sharing.datasets.source import Records, Source, UnknownArgumentError
 from prefix_sharing.datasets.table import FEATURES
 from prefix_sharing.datasets.tokenizing import (
     MalformedRecordError,
@@ -137,7 +139,13 @@ def prefix_preference_dataset(
         on_malformed=on_malformed,
         max_malformed=max_malformed,
     )
-    return _tokenize(Source(source, split, load_dataset_kwargs).load(), tokenizer, options)
+    try:
+        records = Source(source, split, load_dataset_kwargs).load()
+    except UnknownArgumentError as error:
+        known = list(inspect.signature(prefix_preference_dataset).parameters)
+        problem = f"unknown argument of prefix_preference_dataset.{did_you_mean(error.name, known)}"
+        raise ConfigError(error.name, problem) from error
+    return _tokenize(records, tokenizer, options)
 
 
 def packed_preference_dataset(

@@ -6,6 +6,7 @@ as text, a line for each record, and parsed record by record; CSV is loaded as s
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,14 @@ _BOM = "\ufeff"
 
 _LINES_TO_LOOK_AT = 64
 """Enough to tell lines of JSON from a file that is one JSON value, even if some are malformed."""
+
+
+class UnknownArgumentError(Exception):
+    """An argument that ``load_dataset`` does not take for this kind of data: ``name``."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
 
 
 @dataclass(frozen=True)
@@ -155,13 +164,16 @@ class Source:
 
         Raises:
             UserError: if there is no such data, or it cannot be read.
+            UnknownArgumentError: if ``kwargs`` has a key that is not known.
         """
         try:
             builder = datasets.load_dataset_builder(self.path, **self.kwargs)
             splits = self._load_splits(builder)
-        except TypeError as error:  # what load_dataset says to a key it does not know
-            problem = "arguments that the builder does not know are passed to load_dataset, so check their spelling"
-            raise UserError(f"{one_line(error)}; {problem}.") from error
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None:
+                raise UserError(f"{self.name} cannot be loaded: {one_line(error)}.") from error
+            raise UnknownArgumentError(unknown[1]) from error
         except StopIteration as error:
             raise UserError(f"{self.name} is empty.") from error
         except datasets.exceptions.DatasetGenerationError as error:

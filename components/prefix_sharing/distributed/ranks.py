@@ -68,6 +68,22 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def check_processes_joined() -> None:
+    """Checks that processes that were started together are in one process group.
+
+    Otherwise each would do the whole run, and all of them would write to the same files.
+
+    Raises:
+        UserError: if they are not.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and not dist.is_initialized():
+        raise UserError(
+            f"This recipe runs on one process, but {world_size} were started; leave out --nproc_per_node, or train on "
+            "several with prefix_dpo_distributed."
+        )
+
+
 def is_rank_zero() -> bool:
     """Whether this process is the first, or the only one."""
     return this_rank().rank == 0

@@ -15,7 +15,7 @@ from torchtune import training, utils
 from prefix_sharing.attention import choose_attention_backend
 from prefix_sharing.config import component_name, explained, instantiate
 from prefix_sharing.datasets import PrefixPreferenceDataset
-from prefix_sharing.distributed import is_rank_zero
+from prefix_sharing.distributed import check_processes_joined, is_rank_zero
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.hosts import TreeModel, checkpoint_activations, compile_layers, to_tree_model
 from prefix_sharing.losses import Loss
@@ -25,7 +25,12 @@ log = logging.getLogger(__name__)
 
 
 def set_up_logging() -> None:
-    """Shows this package's log on rank 0, warnings on every rank."""
+    """Shows this package's log on rank 0, warnings on every rank.
+
+    Raises:
+        UserError: if this is one of several processes that are not in a process group: which rank it is, nobody knows.
+    """
+    check_processes_joined()  # here, since every recipe comes by before it does anything
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     package_log = logging.getLogger("prefix_sharing")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefix_sharing.config import did_you_mean
+from prefix_sharing.config.files import did_you_mean
 from prefix_sharing.datasets.forms import annotated, pairs, ranked, single
 from prefix_sharing.datasets.forms.comparison import Comparison
 from prefix_sharing.datasets.forms.messages import is_transcript

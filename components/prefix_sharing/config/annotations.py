@@ -1,0 +1,92 @@
+"""Whether a value from a config can be what a component's annotation asks for."""
+
+from collections.abc import Mapping, MutableMapping, MutableSequence, Sequence
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from torch import Tensor
+
+_LISTS = (list, tuple, set, frozenset, Sequence, MutableSequence)
+_MAPPINGS = (dict, Mapping, MutableMapping)
+
+_WORDS = {
+    bool: ("True or False", "True or False"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    Tensor: ("a number", "numbers"),  # all of a tensor that YAML can write
+    str: ("a string", "strings"),
+}
+"""One and several of each kind."""
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a component that is annotated so can take the value.
+
+    Only what is certain counts: None always passes, since many an argument takes it whatever its annotation says, and
+    so does anything for a class that YAML cannot write, such as ``Path``.
+
+    Args:
+        value (Any): a value from a config, its lists and mappings plain ones.
+        annotation (Any): the argument's.
+
+    Returns:
+        bool: False if it cannot.
+    """
+    if not isinstance(value, (int, float, str, list, dict)):
+        return True
+    kind, parts = get_origin(annotation) or annotation, get_args(annotation)
+    if kind is Annotated:
+        return fits(value, parts[0])
+    if kind in (Union, UnionType):
+        return any(fits(value, part) for part in parts if part is not type(None))
+    if kind is Literal:  # a choice that is not listed is left to the component
+        return any(fits(value, type(choice)) for choice in parts)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is bool:
+        return isinstance(value, int)
+    if kind is int:  # 1e2 is a float to YAML
+        return is_number and not (isinstance(value, float) and not value.is_integer())
+    if kind is float:
+        return is_number
+    if kind is Tensor:
+        return is_number or isinstance(value, list)
+    if kind is str:
+        return not isinstance(value, (list, dict))
+    if kind in _LISTS:
+        return isinstance(value, str) or (isinstance(value, list) and _elements_fit(value, kind, parts))
+    if kind in _MAPPINGS:
+        return isinstance(value, dict) and (len(parts) < 2 or all(fits(each, parts[1]) for each in value.values()))
+    return True
+
+
+def in_words(annotation: Any) -> str:
+    """What an annotation asks for, such as ``a number`` or ``a list of strings``.
+
+    Args:
+        annotation (Any): one that some value does not fit.
+
+    Returns:
+        str: for the end of a sentence.
+    """
+    kind, parts = get_origin(annotation) or annotation, get_args(annotation)
+    if kind is Annotated:
+        return in_words(parts[0])
+    if kind is Literal:
+        parts = tuple(type(choice) for choice in parts)
+    if kind in (Union, UnionType, Literal):
+        words = dict.fromkeys(in_words(part) for part in parts if part is not type(None))
+        if "a number" in words:
+            words.pop("a whole number", None)
+        return " or ".join(words)
+    if kind in _LISTS:
+        several = {_WORDS[part][1] for part in parts if part in _WORDS}
+        return f"a list of {several.pop()}" if len(several) == 1 else "a list"
+    if kind in _MAPPINGS:
+        return "a mapping"
+    return _WORDS[kind][0]
+
+
+def _elements_fit(values: list[Any], kind: Any, parts: tuple[Any, ...]) -> bool:
+    if kind is tuple and Ellipsis not in parts:
+        return all(fits(value, part) for value, part in zip(values, parts, strict=False))
+    return not parts or all(fits(value, parts[0]) for value in values)
