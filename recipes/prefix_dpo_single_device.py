@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from prefix_sharing.checkpoint import load_training_state
 from prefix_sharing.config import TrainingConfig, instantiate, parse
+from prefix_sharing.datasets import StepRows
 from prefix_sharing.distributed import this_rank
 from prefix_sharing.hosts import TreeModel, load_checkpoint, save_checkpoint
 from prefix_sharing.losses import LossOutput
@@ -39,6 +40,7 @@ from prefix_sharing.run import (
     set_up_logging,
     summarize_run,
 )
+from prefix_sharing.run.kl import estimate_kl, loss_of_row
 from prefix_sharing.run.optimization import FiniteCheck, choose_seed, clip_grad_norm, seed_step
 from prefix_sharing.run.setup import compute_dtype
 from prefix_sharing.scoring import ResponseLogProbs
@@ -115,9 +117,19 @@ class PrefixDPORecipeSingleDevice:
         with self.autocast:
             return model(row)
 
-    def loss_of(self, row: Row, output: ResponseLogProbs, reference: Reference | None) -> LossOutput:
+    def loss_of(
+        self, row: Row, output: ResponseLogProbs, reference: Reference | None, kl: torch.Tensor | None = None
+    ) -> LossOutput:
         """The loss of a Row, not reduced."""
-        return self.loss(output, None if reference is None else reference(row), row.pairs)
+        return loss_of_row(self.loss, row, output, reference, kl)
+
+    @torch.no_grad()
+    def kl_of_step(self, step: StepRows) -> torch.Tensor | None:
+        """How far the policy is from the reference on the step, for losses of several Rows that need to know before."""
+        if not step.kl_rows:
+            return None
+        rows = (row.to(self.device) for row in step.kl_rows)
+        return estimate_kl(((row, self.forward(self.model, row)) for row in rows), self.reference)
 
     def evaluate(self) -> Evaluation | None:
         """Evaluates on ``dataset_val`` and logs under ``eval/``."""
@@ -125,8 +137,11 @@ class PrefixDPORecipeSingleDevice:
             return None
         loss_of = functools.partial(self.loss_of, reference=self.reference_val)
         forward = functools.partial(self.forward, self.model)
+        kl_of = functools.partial(estimate_kl, reference=self.reference_val) if self.loss.needs.kl else None
         self.model.eval()
-        found = evaluate(forward, self.dataset_val, self.plan_val, self.step_loader, loss_of, self.loss.mean_over)
+        found = evaluate(
+            forward, self.dataset_val, self.plan_val, self.step_loader, loss_of, self.loss.mean_over, kl_of
+        )
         self.model.train()
         self.metric_logger.log_dict(found.metrics, step=self.global_step)
         return found
@@ -139,18 +154,23 @@ class PrefixDPORecipeSingleDevice:
         self.profiler.start()
         for epoch in range(self.epochs_run, cfg.epochs):
             progress = tqdm(total=self.plan.steps_per_epoch, desc=f"Epoch {epoch + 1}/{cfg.epochs}", unit="step")
-            for step in self.step_loader(self.dataset, self.plan.epoch(epoch)):
+            for step in self.step_loader(self.dataset, self.plan.epoch(epoch), kl_apart=self.loss.needs.kl):
                 seed_step(self.seed, self.global_step)
                 finite = FiniteCheck(self.device)
+                kl = self.kl_of_step(step)
                 for row in step.rows:
                     row = row.to(self.device)
                     with self.activations_handling:
                         output = self.forward(self.model, row)
-                    loss = self.loss_of(row, output, self.reference)
+                    if self.loss.needs.kl and kl is None:
+                        kl = estimate_kl([(row, output)], self.reference)
+                    loss = self.loss_of(row, output, self.reference, kl)
                     # The mean over the step's pairs (or other terms), however they are spread over Rows.
                     (loss.losses.sum() / step.num_terms).backward()
                     finite.add(row, loss.losses)
                     metrics.add(row, output, loss)
+                if kl is not None:
+                    metrics.add_kl(kl)
 
                 grad_norm = clip_grad_norm(self.model, cfg.clip_grad_norm)
                 finite.check(grad_norm, step, self.dataset, self.global_step + 1)

@@ -123,7 +123,10 @@ def test_a_missing_data_file(refused):
 
 def test_a_malformed_record(refused, write):
     said = refused(*write(PAIR, PAIR, {**PAIR, "chosen": 3}))
-    assert "pairs.jsonl, record 2 (line 3): chosen must be a string, but is a number." in said
+    assert (
+        "pairs.jsonl, record 2 (line 3): chosen must be a string, a message or a list of messages, but is a number."
+        in said
+    )
 
 
 def test_a_data_set_of_which_nothing_is_left(refused, write):

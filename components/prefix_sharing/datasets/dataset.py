@@ -1,5 +1,6 @@
 """The preference data set: tokenized examples, memory-mapped by ``datasets``, with what is known of each."""
 
+import copy
 from collections import Counter
 
 import datasets
@@ -11,7 +12,7 @@ from prefix_sharing.datasets.table import BEYOND_ITS_SHARE, FEATURES, MERGED
 from prefix_sharing.errors import UserError
 from prefix_sharing.trees import Response, TreeSize, TreeSizes
 
-_NOT_IN_MEMORY = ("tokens", "scored", "pairs", "scores", "unused", "problem")
+_NOT_IN_MEMORY = ("tokens", "scored", "pairs", "labels", "scores", "unused", "problem")
 
 
 class PrefixPreferenceDataset(Dataset):
@@ -36,6 +37,7 @@ class PrefixPreferenceDataset(Dataset):
         num_pairs (np.ndarray): pairs of each example, shape ``[N]``.
         num_cut (int): responses that lost their end to ``max_seq_len``.
         num_without_end (int): responses without a scored token that ends the answer.
+        num_labels (np.ndarray): responses of each example with a label, desirable or undesirable, shape ``[N]``.
         num_scored (np.ndarray): scored tokens of each example, over its responses, shape ``[N]``.
         record_index (np.ndarray): index of the record that each example is made of, shape ``[N]``.
         ids (pyarrow.Array): fingerprint of each example's tokens and of which are scored, shape ``[N]``.
@@ -45,8 +47,26 @@ class PrefixPreferenceDataset(Dataset):
     """
 
     def __init__(self, tokenized: datasets.Dataset, name: str, *, take: np.ndarray | None = None) -> None:
-        self.tokenized = tokenized
         self.name = name
+        self._take = take
+        self._set_table(tokenized)
+
+    def with_table(self, tokenized: datasets.Dataset) -> "PrefixPreferenceDataset":
+        """The same records, made into other examples.
+
+        Args:
+            tokenized (datasets.Dataset): a line for each of them.
+
+        Returns:
+            PrefixPreferenceDataset: another data set.
+        """
+        changed = copy.copy(self)
+        changed._set_table(tokenized)
+        return changed
+
+    def _set_table(self, tokenized: datasets.Dataset) -> None:
+        name, take = self.name, self._take
+        self.tokenized = tokenized
         self.num_records = len(tokenized)
         reasons = np.asarray(tokenized.data.column("dropped").to_pylist(), dtype=object)
         if take is not None:
@@ -68,6 +88,7 @@ class PrefixPreferenceDataset(Dataset):
         self.longest = pc.max(columns.column("longest")).as_py()
         self.largest_id = pc.max(columns.column("largest_id")).as_py()
         self.num_pairs = columns.column("num_pairs").to_numpy()
+        self.num_labels = columns.column("num_labels").to_numpy()
         self.num_scored = columns.column("num_scored").to_numpy()
         self.num_cut = pc.sum(columns.column("num_cut")).as_py()
         self.num_without_end = pc.sum(columns.column("num_without_end")).as_py()
@@ -78,6 +99,7 @@ class PrefixPreferenceDataset(Dataset):
         }
         self._examples = tokenized.select_columns(["tokens", "scored"]).with_format("numpy")
         self._pairs = tokenized.select_columns(["pairs"]).with_format("numpy")
+        self._labels = tokenized.select_columns(["labels"]).with_format("numpy")
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -94,9 +116,19 @@ class PrefixPreferenceDataset(Dataset):
         """Chosen and rejected response of each pair of an example, shape ``[pairs, 2]``."""
         return np.asarray(self._pairs[index]["pairs"], dtype=np.int64).reshape(-1, 2)
 
+    def labels(self, index: int) -> np.ndarray:
+        """The label of each response of an example, see ``Row.labels``; of none if none has one."""
+        return np.asarray(self._labels[index]["labels"], dtype=np.int64)
+
     def num_terms(self, mean_over: str) -> np.ndarray:
-        """How many ``pairs``, ``examples`` or scored ``tokens`` each example has, shape ``[N]``."""
-        return {"pairs": self.num_pairs, "examples": np.ones_like(self.num_pairs), "tokens": self.num_scored}[mean_over]
+        """How many terms each example has of what a loss is the mean over, see ``Loss.mean_over``, shape ``[N]``."""
+        counts = {
+            "pairs": self.num_pairs,
+            "examples": np.ones_like(self.num_pairs),
+            "tokens": self.num_scored,
+            "responses": self.num_labels,
+        }
+        return counts[mean_over]
 
     def describe(self, index: int) -> str:
         """Where an example comes from, for messages."""

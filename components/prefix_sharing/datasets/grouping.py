@@ -69,19 +69,24 @@ def merge(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         dict[str, Any]: a line of the table.
     """
-    responses: dict[tuple[tuple[int, ...], tuple[bool, ...]], int] = {}
+    responses: dict[tuple[tuple[int, ...], tuple[bool, ...], int], int] = {}
     pairs = []
     for example in examples:
-        keys = [(tuple(t), tuple(s)) for t, s in zip(example["tokens"], example["scored"], strict=True)]
+        labels = example["labels"] or [0] * len(example["tokens"])
+        keys = [
+            (tuple(t), tuple(s), label)
+            for t, s, label in zip(example["tokens"], example["scored"], labels, strict=True)
+        ]
         mine = [responses.setdefault(key, len(responses)) for key in keys]
         flat = example["pairs"]
         pairs += [(mine[chosen], mine[rejected]) for chosen, rejected in zip(flat[::2], flat[1::2], strict=True)]
     return tokenized_example(
-        [list(tokens) for tokens, _ in responses],
-        [list(scored) for _, scored in responses],
+        [list(tokens) for tokens, _, _ in responses],
+        [list(scored) for _, scored, _ in responses],
         pairs,
         examples[0]["prompt"],
         remarks=_sum_of_remarks(examples),
+        labels=[label for _, _, label in responses] if examples[0]["labels"] else (),
     )
 
 

@@ -23,11 +23,13 @@ FEATURES = datasets.Features(
         "tokens": datasets.Sequence(datasets.Sequence(datasets.Value("int32"))),
         "scored": datasets.Sequence(datasets.Sequence(datasets.Value("bool"))),
         "pairs": datasets.Sequence(datasets.Value("int32")),  # chosen, rejected, chosen, rejected, ...
+        "labels": datasets.Sequence(datasets.Value("int8")),  # of each response: 1, -1, 0 if mismatched; or none at all
         "dropped": datasets.Value("string"),  # why, or ""
         "id": datasets.Value("string"),  # fingerprint of tokens and scored
         "prompt": datasets.Value("string"),  # fingerprint of the prompt, or "" if the responses have several
         "num_responses": datasets.Value("int32"),
         "num_pairs": datasets.Value("int32"),
+        "num_labels": datasets.Value("int32"),
         "num_scored": datasets.Value("int32"),
         "scores": datasets.Sequence(datasets.Value("float64")),  # of single responses that are yet to be compared
         "num_cut": datasets.Value("int32"),  # responses that lost their end to max_seq_len
@@ -53,6 +55,7 @@ def tokenized_example(
     prompt: str,
     scores: Sequence[float] = (),
     remarks: Mapping[str, Any] = NO_REMARKS,
+    labels: Sequence[int] = (),
 ) -> dict[str, Any]:
     """One line of the table.
 
@@ -63,6 +66,7 @@ def tokenized_example(
         prompt (str): fingerprint of the prompt that all responses answer, or "".
         scores (Sequence[float]): of the response, if it is yet to be compared with others. Default: ().
         remarks (Mapping[str, Any]): the columns of ``NO_REMARKS``. Default: ``NO_REMARKS``.
+        labels (Sequence[int]): of each response, see ``Row.labels``. Default: (), none has one.
 
     Returns:
         dict[str, Any]: a value for each of ``FEATURES``.
@@ -76,11 +80,13 @@ def tokenized_example(
         "tokens": tokens,
         "scored": scored,
         "pairs": [k for pair in pairs for k in pair],
+        "labels": list(labels),
         "dropped": "",
         "id": fingerprint([tokens, scored]),
         "prompt": prompt,
         "num_responses": len(tokens),
         "num_pairs": len(pairs),
+        "num_labels": sum(label != 0 for label in labels),
         "num_scored": sum(sum(flags[1:]) for flags in scored),  # nothing predicts the first token
         "scores": list(scores),
         **remarks,
@@ -102,5 +108,5 @@ def dropped_example(reason: str, remarks: Mapping[str, Any] = NO_REMARKS, proble
     Returns:
         dict[str, Any]: a value for each of ``FEATURES``.
     """
-    empty: dict[str, list] = {name: [] for name in ("tokens", "scored", "pairs", "scores")}
+    empty: dict[str, list] = {name: [] for name in ("tokens", "scored", "pairs", "labels", "scores")}
     return {**dict.fromkeys(FEATURES), **empty, **remarks, "dropped": reason, "problem": problem}

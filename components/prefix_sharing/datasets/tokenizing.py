@@ -193,6 +193,7 @@ class TokenizeRecord:
             _prompt_of(comparison),
             comparison.scores or () if len(tokens) == 1 else (),
             remarks,
+            () if comparison.label is None else [1 if comparison.label else -1],
         )
 
 

@@ -2,6 +2,7 @@
 
 from prefix_sharing.losses.cpo import CPOLoss
 from prefix_sharing.losses.dpo import DPOLoss
+from prefix_sharing.losses.kto import KTOLoss
 from prefix_sharing.losses.loss import Loss, LossNeeds, LossOutput
 from prefix_sharing.losses.nll import NLLLoss
 from prefix_sharing.losses.orpo import ORPOLoss
@@ -12,6 +13,7 @@ from prefix_sharing.losses.simpo import SimPOLoss
 __all__ = [
     "CPOLoss",
     "DPOLoss",
+    "KTOLoss",
     "Loss",
     "LossNeeds",
     "LossOutput",

@@ -8,7 +8,7 @@ import torch
 
 from prefix_sharing.scoring import ResponseLogProbs
 
-MeanOver = Literal["pairs", "examples", "tokens"]
+MeanOver = Literal["pairs", "examples", "tokens", "responses"]
 
 
 class LossOutput(NamedTuple):
@@ -17,8 +17,8 @@ class LossOutput(NamedTuple):
     Attributes:
         losses (torch.Tensor): of the pairs, shape ``[P]``, or of the responses, shape ``[E * K]``. Their sum is to be
             divided by the number of what the loss is a mean over.
-        chosen_rewards (torch.Tensor): detached, shape ``[P]``.
-        rejected_rewards (torch.Tensor): detached, shape ``[P]``.
+        chosen_rewards (torch.Tensor): detached, shape ``[P]``; or ``[E * K]``, 0 for what is not desirable.
+        rejected_rewards (torch.Tensor): detached, shape ``[P]``; or ``[E * K]``, 0 for what is not undesirable.
     """
 
     losses: torch.Tensor
@@ -36,12 +36,16 @@ class LossNeeds:
         tail_weight (float): weight, in all log-probs, of the tokens by which a response is longer than the other of its
             pair. Default: 1.0.
         whole_sequence (bool): ``ResponseLogProbs.whole_log_probs``. Default: False.
+        labels (bool): whether each response is desirable or not, in place of pairs. Default: False.
+        kl (bool): how far the policy is from the reference, estimated on answers to other prompts. Default: False.
     """
 
     reference: bool = False
     confidence: bool = False
     tail_weight: float = 1.0
     whole_sequence: bool = False
+    labels: bool = False
+    kl: bool = False
 
     @property
     def pairs_only(self) -> bool:
@@ -54,7 +58,7 @@ class Loss(ABC):
 
     Attributes:
         mean_over (MeanOver): the loss of a step is the sum of ``LossOutput.losses`` over the number of the step's
-            ``pairs``, ``examples`` or scored ``tokens``. Default: "pairs".
+            ``pairs``, ``examples``, scored ``tokens`` or ``responses`` with a label. Default: "pairs".
     """
 
     mean_over: ClassVar[MeanOver] = "pairs"

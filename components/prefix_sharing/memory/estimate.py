@@ -19,6 +19,7 @@ from torch import nn
 from prefix_sharing.config import explained, instantiate
 from prefix_sharing.distributed import device_mesh, local_part, shard, sync_gradients
 from prefix_sharing.hosts import TreeModel
+from prefix_sharing.run.kl import loss_of_row
 from prefix_sharing.run.setup import build_loss, build_model, compute_dtype
 from prefix_sharing.torch_private import FakeStore, FakeTensorMode, FSDPMemTracker, MemTracker
 from prefix_sharing.trees import Response, Row
@@ -112,7 +113,8 @@ def peak_memory_estimate(cfg: DictConfig, world_size: int) -> Iterator[Callable[
                 sync_gradients(model, cfg.fsdp_sync_every_row or is_last)
             with torch.autocast("cpu", torch.bfloat16, enabled=cfg.dtype == "bf16" and not sharded):
                 output = model(row)
-            loss(output, torch.zeros_like(output.log_probs), row.pairs).losses.sum().backward()
+            zeros = torch.zeros_like(output.log_probs)
+            loss_of_row(loss, row, output, lambda _: zeros, kl=zeros.sum()).losses.sum().backward()
 
         def peak_of(row: Row) -> PeakMemory:
             with fake:

@@ -7,8 +7,9 @@ import torch
 from omegaconf import DictConfig
 
 from prefix_sharing.attention import rounding_of
-from prefix_sharing.config import instantiate
+from prefix_sharing.config import explained, instantiate
 from prefix_sharing.datasets import PrefixPreferenceDataset, StepLoader
+from prefix_sharing.datasets.labels import with_labels
 from prefix_sharing.distributed import Ranks, is_rank_zero, rank_zero_first
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.hosts import TreeModel
@@ -87,11 +88,22 @@ def build_dataset(key: str, cfg: DictConfig, tokenizer: Any, model: TreeModel, l
     if loss.mean_over == "tokens" and dataset.num_pairs.max() > 0:
         problem = f"{name} is for examples of one response; {key}.column_map: {{messages: chosen}} trains on the chosen"
         raise ConfigError(key, f"{problem} ones")
-    if loss.mean_over != "tokens" and dataset.num_pairs.min() == 0:
-        problem = (
-            f"{name} compares pairs, but {int((dataset.num_pairs == 0).sum()):,} of {len(dataset):,} examples have one "
-            "response only; leave them out with filter_fn"
-        )
+    if loss.mean_over == "tokens" and dataset.num_labels.max() > 0:
+        problem = f"{name} would learn undesirable answers as well; leave them out with filter_fn, and the labels with"
+        raise ConfigError(key, f"{problem} column_map: {{label: null}}")
+    if loss.needs.labels:
+        with explained(key), rank_zero_first():
+            return with_labels(dataset, mismatched=loss.needs.kl)
+    alone = int((dataset.num_pairs == 0).sum())
+    if loss.mean_over != "tokens" and alone > 0:
+        which = f"{alone:,} of {len(dataset):,} examples have" if alone < len(dataset) else "every example has"
+        problem = f"{name} compares pairs, but {which} one response only; "
+        if dataset.num_labels.max() > 0:
+            problem += "use KTOLoss for single answers with a label"
+        elif alone < len(dataset):
+            problem += "leave them out with filter_fn"
+        else:
+            problem += "use NLLLoss, or group_by_prompt if a prompt has several"
         raise ConfigError(key, problem)
     return dataset
 

@@ -1,6 +1,6 @@
 """The policy on held-out examples: metrics, and the log-probs of each response."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -35,8 +35,9 @@ def evaluate(
     dataset: PrefixPreferenceDataset,
     plan: Plan,
     step_loader: StepLoader,
-    loss_of: Callable[[Row, ResponseLogProbs], LossOutput],
+    loss_of: Callable[..., LossOutput],
     mean_over: str,
+    kl_of: Callable[[Iterable[tuple[Row, ResponseLogProbs]]], torch.Tensor] | None = None,
 ) -> Evaluation:
     """Evaluates the model as it is now on every example, over all ranks.
 
@@ -45,8 +46,10 @@ def evaluate(
         dataset (PrefixPreferenceDataset): the held-out data set.
         plan (Plan): of a pass over it.
         step_loader (StepLoader): builds the Rows.
-        loss_of (Callable[[Row, ResponseLogProbs], LossOutput]): the loss of a Row, given the model's output.
+        loss_of (Callable[..., LossOutput]): the loss of a Row, given the model's output and perhaps ``kl``.
         mean_over (str): what that loss is the mean over.
+        kl_of (Callable[[Iterable[tuple[Row, ResponseLogProbs]]], torch.Tensor] | None): estimates the distance of
+            policy and reference on the whole data set, for losses that need it. Default: None.
 
     Returns:
         Evaluation: metrics, and values of each response.
@@ -62,13 +65,23 @@ def evaluate(
         leave=False,
         disable=not is_rank_zero(),
     )
+    waiting: list[tuple[Row, ResponseLogProbs]] = []  # for what the whole data set has to say first
     for step in progress:
         for row in step.rows:
-            row = row.to(step_loader.device)
+            on_cpu, row = row, row.to(step_loader.device)
             output = forward(row)
-            metrics.add(row, output, loss_of(row, output))
+            if kl_of is None:
+                metrics.add(row, output, loss_of(row, output))
+            else:
+                waiting.append((on_cpu, output))
             values = torch.stack([output.log_probs.to(found.dtype), output.num_scored.to(found.dtype)])
             found[:, row.example_index] = values
+    if kl_of is not None:
+        kl = kl_of((row.to(step_loader.device), output) for row, output in waiting)
+        metrics.add_kl(kl)
+        for row, output in waiting:
+            row = row.to(step_loader.device)
+            metrics.add(row, output, loss_of(row, output, kl=kl))
     log_probs, num_scored = sum_over_ranks(found).cpu()
     named = {f"eval/{name}": value for name, value in metrics.compute().items()}
     return Evaluation(named, log_probs, num_scored.long())

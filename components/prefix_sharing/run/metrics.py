@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -11,13 +12,9 @@ from prefix_sharing.losses import LossOutput, take_pairs
 from prefix_sharing.scoring import ResponseLogProbs
 from prefix_sharing.trees import Row
 
-_PER_PAIR = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "log_probs/chosen",
-    "log_probs/rejected",
-)
+_OF_CHOSEN = ("rewards/chosen", "log_probs/chosen")
+_OF_REJECTED = ("rewards/rejected", "log_probs/rejected")
+_OF_PAIRS = ("rewards/accuracies",)
 
 
 class StepMetrics:
@@ -26,16 +23,20 @@ class StepMetrics:
     ``rewards/accuracies`` is the share of pairs whose chosen response has the higher reward; a tie counts half, so that
     a policy that still equals its reference scores what a coin would.
 
+    Without pairs, desirable responses count as chosen and undesirable ones as rejected, and ``kl`` is the mean over the
+    steps.
+
     Args:
         device (torch.device): where the model runs.
-        mean_over (str): what the loss is the mean over: ``pairs``, ``examples`` or ``tokens``. Default: "pairs".
+        mean_over (str): what the loss is the mean over, see ``Loss.mean_over``. Default: "pairs".
     """
 
     def __init__(self, device: torch.device, mean_over: str = "pairs") -> None:
         self._mean_over = mean_over
-        self._sums = torch.zeros(1 + len(_PER_PAIR), dtype=torch.float64, device=device)
+        names = ("loss", *_OF_CHOSEN, *_OF_REJECTED, *_OF_PAIRS, "num_chosen", "num_rejected", "num_pairs")
+        self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
+        self._kl: list[torch.Tensor] = []
         self._num_terms = 0
-        self._num_pairs = 0
         self._num_examples = 0
         self._num_tokens = 0
         self._paired_tokens = 0
@@ -49,16 +50,29 @@ class StepMetrics:
             output (ResponseLogProbs): what the model returned for it.
             loss (LossOutput): what the loss returned for that.
         """
-        losses, chosen, rejected = loss
-        accuracies = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-        (log_probs,) = take_pairs(row.pairs, output.log_probs)
-        values = (losses, chosen, rejected, accuracies, log_probs[:, 0], log_probs[:, 1])
-        self._sums += torch.stack([value.detach().double().sum() for value in values])
+        _, chosen, rejected = loss
+        if row.num_labels:
+            is_chosen, is_rejected = row.labels == 1, row.labels == -1
+            log_probs = [torch.where(which, output.log_probs, 0.0) for which in (is_chosen, is_rejected)]
+            counts: list[Any] = [is_chosen.sum(), is_rejected.sum(), 0]
+            accuracies = chosen.new_zeros(0)
+        else:
+            log_probs = list(take_pairs(row.pairs, output.log_probs)[0].T)
+            counts = [len(row.pairs)] * 3
+            accuracies = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+        values = (loss.losses, chosen, log_probs[0], rejected, log_probs[1], accuracies)
+        for name, of_row in zip(("loss", *_OF_CHOSEN, *_OF_REJECTED, *_OF_PAIRS), values, strict=True):
+            self._sums[name] += of_row.detach().double().sum()
+        for name, count in zip(("num_chosen", "num_rejected", "num_pairs"), counts, strict=True):
+            self._sums[name] += count
         self._num_terms += row.num_terms(self._mean_over)
-        self._num_pairs += len(row.pairs)
         self._num_examples += len(row.example_index)
         self._num_tokens += row.num_tokens
         self._paired_tokens += row.paired_tokens
+
+    def add_kl(self, kl: torch.Tensor) -> None:
+        """Adds what was estimated for a step, the same on every rank."""
+        self._kl.append(kl)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -71,20 +85,30 @@ class StepMetrics:
         """The metrics over all ranks: a collective, so every rank has to call it.
 
         Returns:
-            dict[str, float]: the loss, means over pairs if there are any, ``tokens_saved`` (share of the paired
-            format's tokens that sharing avoided), ``examples_per_second``, and ``tokens_per_second_per_gpu`` (tokens
-            computed).
+            dict[str, float]: the loss, means over pairs or labelled responses if there are any, ``tokens_saved`` (share
+            of the paired format's tokens that sharing avoided), ``examples_per_second``, and
+            ``tokens_per_second_per_gpu`` (tokens computed).
         """
-        counts = [self._num_terms, self._num_pairs, self._num_examples, self._num_tokens, self._paired_tokens]
-        sums = torch.cat([self._sums, self._sums.new_tensor(counts)])
-        loss, *totals, num_terms, num_pairs, num_examples, num_tokens, paired_tokens = sum_over_ranks(sums).tolist()
+        counts = [self._num_terms, self._num_examples, self._num_tokens, self._paired_tokens]
+        of_rows = torch.stack(list(self._sums.values()))
+        sums = sum_over_ranks(torch.cat([of_rows, of_rows.new_tensor(counts)])).tolist()
+        totals = dict(zip(self._sums, sums, strict=False))
+        num_terms, num_examples, num_tokens, paired_tokens = sums[len(totals) :]
         seconds = time.perf_counter() - self._start
         world_size = this_rank().world_size
 
-        metrics = {"loss": loss / num_terms}
-        if num_pairs > 0:
-            metrics |= {name: total / num_pairs for name, total in zip(_PER_PAIR, totals, strict=True)}
+        metrics = {"loss": totals["loss"] / num_terms}
+        for names, count in (
+            (_OF_CHOSEN, totals["num_chosen"]),
+            (_OF_REJECTED, totals["num_rejected"]),
+            (_OF_PAIRS, totals["num_pairs"]),
+        ):
+            if count > 0:
+                metrics |= {name: totals[name] / count for name in names}
+        if totals["num_chosen"] > 0 and totals["num_rejected"] > 0:
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        if self._kl:
+            metrics["kl"] = torch.stack(self._kl).mean().item()
         metrics["examples_per_second"] = num_examples / seconds
         metrics["tokens_per_second_per_gpu"] = num_tokens / seconds / world_size
         metrics["tokens_saved"] = 1 - num_tokens / max(paired_tokens, 1)

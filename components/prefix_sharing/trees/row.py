@@ -69,12 +69,15 @@ class Row:
         example_index (torch.Tensor): index of each example in its data set, shape ``[E]``.
         pairs (torch.Tensor): ``example * K + response`` of the chosen and the rejected response of each pair, shape
             ``[P, 2]``.
+        labels (torch.Tensor): 1 for a desirable response, -1 for an undesirable one, 0 for one without a label, shape
+            ``[E, K]``.
         predictor_offsets (list[int]): the scored tokens of predictor ``i`` are
             ``predictor_offsets[i]:predictor_offsets[i + 1]``, length p + 1.
         chains (list[Chain]): the attention as chains, ascending.
         predictor_spans (list[list[Span]]): the predictors of each chain, as spans of indices, ascending.
         num_tokens (int): tokens that are not padding.
         paired_tokens (int): tokens the same examples need if nothing is shared.
+        num_labels (int): responses with a label.
         confidence (bool): whether the model is to compute its confidence.
     """
 
@@ -90,11 +93,13 @@ class Row:
     whole_num_scored: torch.Tensor
     example_index: torch.Tensor
     pairs: torch.Tensor
+    labels: torch.Tensor
     predictor_offsets: list[int]
     chains: list[Chain]
     predictor_spans: list[list[Span]]
     num_tokens: int
     paired_tokens: int
+    num_labels: int
     confidence: bool
 
     @classmethod
@@ -103,6 +108,7 @@ class Row:
         examples: Sequence[Sequence[Response]],
         *,
         pairs: Sequence[np.ndarray] | None = None,
+        labels: Sequence[np.ndarray] | None = None,
         example_index: Sequence[int] | None = None,
         num_responses: int | None = None,
         options: RowOptions = RowOptions(),
@@ -114,6 +120,8 @@ class Row:
                 padding, which costs a forward pass and contributes nothing.
             pairs (Sequence[np.ndarray] | None): the pairs of each example, chosen then rejected response, shape
                 ``[pairs, 2]`` each. Default: None, the first response with each of the others.
+            labels (Sequence[np.ndarray] | None): for each example the label of each response, see ``labels`` above.
+                Default: None, no response has one.
             example_index (Sequence[int] | None): index of each example in its data set. Default: None, 0, 1, and so on.
             num_responses (int | None): K. Default: None, the most that an example of this Row has.
             options (RowOptions): layout and what is computed. Default: a shared prefix, no padding.
@@ -126,6 +134,9 @@ class Row:
         if pairs is None:
             pairs = [np.array([(0, k) for k in range(1, len(example))]).reshape(-1, 2) for example in examples]
         trees = [_tree_of(example, options) for example in examples]
+        all_labels = np.zeros((len(examples), num_responses), dtype=np.int64)
+        for e, of_example in enumerate(labels or []):
+            all_labels[e, : len(of_example)] = of_example
         starts = np.cumsum([0, *(len(tree) for tree in trees)])
         num_tokens = int(starts[-1])
         scored = _ScoredTokens.of(trees, starts, num_responses, options)
@@ -146,17 +157,24 @@ class Row:
             ),
             example_index=torch.tensor(range(len(trees)) if example_index is None else example_index, dtype=torch.long),
             pairs=torch.from_numpy(_number_responses(pairs, num_responses)),
+            labels=torch.from_numpy(all_labels),
             predictor_offsets=predictors.offsets,
             chains=chains,
             predictor_spans=_spans_of_chains(predictors.indices, chains),
             num_tokens=num_tokens,
             paired_tokens=sum(len(response.inputs) for example in examples for response in example),
+            num_labels=int(np.count_nonzero(all_labels)),
             confidence=options.confidence,
         )
 
     def num_terms(self, mean_over: str) -> int:
-        """How many ``pairs``, ``examples`` or scored ``tokens`` there are, whichever a loss is the mean over."""
-        counts = {"pairs": len(self.pairs), "examples": len(self.example_index), "tokens": len(self.scored_target)}
+        """How many terms there are of what a loss is the mean over, see ``Loss.mean_over``."""
+        counts = {
+            "pairs": len(self.pairs),
+            "examples": len(self.example_index),
+            "tokens": len(self.scored_target),
+            "responses": self.num_labels,
+        }
         return counts[mean_over]
 
     def to(self, device: torch.device) -> "Row":

@@ -48,6 +48,10 @@ class Response:
         return self.tokens[: scored_positions[-1]] if len(scored_positions) else self.tokens[:0]
 
 
+NO_RESPONSE = Response(np.empty(0, dtype=np.int64), np.empty(0, dtype=bool))
+"""Takes the place of a response that is left out, so that the others keep their numbers."""
+
+
 @dataclass
 class Chain:
     """A maximal run of indices that go root, first child, first child, and so on; one for each leaf.

@@ -1,0 +1,60 @@
+"""How far the policy is from the reference, estimated over a whole step and all ranks, as KTO asks for."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from prefix_sharing.distributed import sum_over_ranks
+from prefix_sharing.losses import Loss, LossOutput
+from prefix_sharing.scoring import ResponseLogProbs
+from prefix_sharing.trees import Row
+
+
+@torch.no_grad()
+def estimate_kl(
+    outputs: Iterable[tuple[Row, ResponseLogProbs]], reference: Callable[[Row], torch.Tensor] | None
+) -> torch.Tensor:
+    """The mean log-ratio of policy and reference of the answers to other prompts, at least 0: a collective.
+
+    Args:
+        outputs (Iterable[tuple[Row, ResponseLogProbs]]): this rank's Rows of a step, with what the policy makes of
+            each.
+        reference (Callable[[Row], torch.Tensor] | None): log-probs under the reference, of a Row.
+
+    Returns:
+        torch.Tensor: a scalar in fp64, the same on every rank.
+    """
+    assert reference is not None, "a loss that needs the distance from the reference needs a reference"
+    sums = []
+    for row, output in outputs:
+        is_mismatched = (row.labels == 0) & (row.num_scored > 0)
+        log_ratios = torch.where(is_mismatched, output.log_probs - reference(row), 0.0)
+        sums.append(torch.stack([log_ratios.double().sum(), is_mismatched.double().sum()]))
+    total, count = sum_over_ranks(torch.stack(sums).sum(dim=0))
+    return (total / count.clamp(min=1)).clamp(min=0)
+
+
+def loss_of_row(
+    loss: Loss,
+    row: Row,
+    output: ResponseLogProbs,
+    reference: Callable[[Row], torch.Tensor] | None,
+    kl: torch.Tensor | None = None,
+) -> LossOutput:
+    """The loss of a Row, given what it needs and nothing else.
+
+    Args:
+        loss (Loss): the loss.
+        row (Row): the Row.
+        output (ResponseLogProbs): what the policy makes of it.
+        reference (Callable[[Row], torch.Tensor] | None): log-probs under the reference, of a Row, if the loss needs
+            them.
+        kl (torch.Tensor | None): what ``estimate_kl`` says of the step, if the loss needs it. Default: None.
+
+    Returns:
+        LossOutput: not reduced.
+    """
+    known = None if reference is None else reference(row)
+    if not loss.needs.labels:
+        return loss(output, known, row.pairs)
+    return loss(output, known, row.pairs, labels=row.labels, kl=kl)  # type: ignore[call-arg]
