@@ -99,6 +99,7 @@ def adapter_to_save(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) ->
         "lora_alpha": alpha,
         "target_modules": sorted({name.rsplit(".", 1)[-1] for name, _ in layers}),
         "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
         "use_dora": isinstance(first, DoRALinear),
     }
     return weights, config

@@ -24,6 +24,8 @@ from prefix_sharing.hosts.torchtune.adapters import (
     is_adapter_key,
     merged,
 )
+from prefix_sharing.hosts.torchtune.exports import complete_export
+from prefix_sharing.hosts.torchtune.geometry import check_geometry, config_file_of
 from prefix_sharing.hosts.torchtune.quantization import load_quantized
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,8 @@ def load_checkpoint(
     Raises:
         UserError: if there is no such checkpoint.
     """
-    checkpointer, checkpoint = None, Checkpoint()
+    checkpointer: Any = None
+    checkpoint = Checkpoint()
     if is_rank_zero():
         overrides = _weights_of_last_epoch(Path(node.output_dir)) if resume else {}
         checkpointer = instantiate(key, node, should_load_recipe_state=resume, **overrides)
@@ -69,7 +72,9 @@ def load_checkpoint(
                 optimizer=read[training.OPT_KEY],
                 lr_scheduler=read[_LR_SCHEDULER_KEY],
             )
-        checkpoint = Checkpoint(read[training.MODEL_KEY], read.get(training.ADAPTER_KEY, {}), state)
+        checkpoint = Checkpoint(
+            read[training.MODEL_KEY], read.get(training.ADAPTER_KEY, {}), state, config_file_of(checkpointer)
+        )
     wait_for_all_ranks()
     state = checkpoint.state
     known = broadcast_object(None if state is None else (state.epochs_run, state.seed, state.lr_scheduler))
@@ -113,10 +118,13 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, seed: int) -> None:
         seed (int): decides the adapter, if the model has one and the checkpoint none.
 
     Raises:
-        ConfigError: if a tensor is missing, left over, or of another shape.
+        ConfigError: if a tensor is missing, left over, or of another shape, or if the checkpoint's ``config.json``
+            describes another model.
     """
     state_dict = checkpoint.weights | checkpoint.adapter
     if is_rank_zero():
+        if checkpoint.config_file is not None:
+            check_geometry(model, checkpoint.config_file)
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         if not checkpoint.adapter:
             shapes = {name: shape for name, shape in expected.items() if is_adapter_key(name)}
@@ -186,18 +194,9 @@ def save_checkpoint(
         epoch_dir = Path(cfg.checkpointer.output_dir) / f"epoch_{epoch}"
         if has_adapter(model) and (epoch_dir / _PEFT_FILE).exists():
             correct_peft_file(epoch_dir / _PEFT_FILE, adapter, model)
-        if has_adapter(model) and not adapter_only:
-            _put_adapter_apart(epoch_dir)
+        complete_export(epoch_dir, config_file_of(checkpointer), adapter_only=adapter_only)
         log.info("Checkpoint saved to %s", epoch_dir)
     wait_for_all_ranks()
-
-
-def _put_adapter_apart(epoch_dir: Path) -> None:
-    """Moves PEFT's files: next to a whole model, transformers would apply the adapter a second time."""
-    (epoch_dir / "adapter").mkdir(exist_ok=True)
-    for file in epoch_dir.glob("adapter_*"):
-        if file.suffix != ".pt":
-            file.replace(epoch_dir / "adapter" / file.name)
 
 
 def _weights_of_last_epoch(output_dir: Path) -> dict[str, Any]:
