@@ -34,6 +34,9 @@ _LR_SCHEDULER_KEY = "lr_scheduler"
 
 _PEFT_FILE = "adapter_model.safetensors"
 
+_GEMMA2_EXCHANGED = {"mlp_norm.scale": "mlp_scale.scale", "mlp_scale.scale": "mlp_norm.scale"}
+"""Gemma 2's norms before and after the MLP, which torchtune 0.6.1 takes for one another."""
+
 
 def load_checkpoint(
     key: str, node: DictConfig, *, resume: bool = False, adapter: str | None = None
@@ -73,7 +76,10 @@ def load_checkpoint(
                 lr_scheduler=read[_LR_SCHEDULER_KEY],
             )
         checkpoint = Checkpoint(
-            read[training.MODEL_KEY], read.get(training.ADAPTER_KEY, {}), state, config_file_of(checkpointer)
+            _gemma2_norms_in_place(checkpointer, read[training.MODEL_KEY]),
+            read.get(training.ADAPTER_KEY, {}),
+            state,
+            config_file_of(checkpointer),
         )
     wait_for_all_ranks()
     state = checkpoint.state
@@ -178,7 +184,7 @@ def save_checkpoint(
         if not adapter_only:
             weights = merged(model, weights)
     if not adapter_only:
-        content[training.MODEL_KEY] = weights
+        content[training.MODEL_KEY] = _gemma2_norms_in_place(checkpointer, weights)
     if not is_last:
         state = training_state(model, optimizer, lr_scheduler, epochs_run=epoch + 1, seed=seed)
         content |= {
@@ -197,6 +203,17 @@ def save_checkpoint(
         complete_export(epoch_dir, config_file_of(checkpointer), adapter_only=adapter_only)
         log.info("Checkpoint saved to %s", epoch_dir)
     wait_for_all_ranks()
+
+
+def _gemma2_norms_in_place(checkpointer: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights between a checkpointer and a model, either way."""
+    if getattr(checkpointer, "_model_type", None) is not training.ModelType.GEMMA2:
+        return weights
+    in_place = {}
+    for name, tensor in weights.items():
+        norm = name.split(".", 2)[-1]  # after layers.0.
+        in_place[name.removesuffix(norm) + _GEMMA2_EXCHANGED.get(norm, norm)] = tensor
+    return in_place
 
 
 def _weights_of_last_epoch(output_dir: Path) -> dict[str, Any]:
