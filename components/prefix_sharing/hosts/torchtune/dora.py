@@ -1,7 +1,7 @@
 """DoRA of layers with a bias, such as Qwen 2's attention has.
 
-DoRA gives the rows of a weight another length. torchtune 0.6.1 scales the bias along as it trains, but not as it merges,
-and PEFT never does.
+DoRA gives the rows of a weight another length. torchtune 0.6.1 scales the bias along as it trains, but not as it
+merges, and PEFT never does.
 """
 
 import torch

@@ -26,7 +26,7 @@ from prefix_sharing.hosts.torchtune.adapters import (
 )
 from prefix_sharing.hosts.torchtune.exports import complete_export
 from prefix_sharing.hosts.torchtune.geometry import check_geometry, config_file_of
-from prefix_sharing.hosts.torchtune.quantization import load_quantized
+from prefix_sharing.hosts.torchtune.quantization import dequantized, load_quantized
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ def save_checkpoint(
         adapter, adapter_config = adapter_to_save(model, weights)
         content |= {training.ADAPTER_KEY: adapter, training.ADAPTER_CONFIG: adapter_config}
         if not adapter_only:
-            weights = merged(model, weights)
+            weights = merged(model, weights | dequantized(model))
     if not adapter_only:
         content[training.MODEL_KEY] = _gemma2_norms_in_place(checkpointer, weights)
     if not is_last:
