@@ -27,7 +27,7 @@ MODELS = {
     "qwen2_5": "qwen2",
     "mistral": "mistral",
     "gemma2": "gemma2",
-    "phi4": "phi3",
+    "phi3": "phi3",
 }
 """For each family the module of its component builder."""
 
@@ -43,7 +43,8 @@ def shrunk(name, directory):
         base["head_dim"] = 32
     model = base
     if "lora_rank" in cfg.model:
-        adapter = {key: value for key, value in cfg.model.items() if key != "_component_"} | {"lora_rank": 4}
+        of_adapter = ("lora_attn_modules", "apply_lora_to_mlp", "lora_alpha", "lora_dropout", "use_dora")
+        adapter = {key: value for key, value in cfg.model.items() if key in of_adapter} | {"lora_rank": 4}
         if "qlora" in cfg.model._component_:
             adapter["quantize_base"] = True
         model = {**base, **adapter, "_component_": f"{path}.lora_{builder}"}

@@ -155,8 +155,8 @@ def test_a_checkpoint_that_does_not_fit_the_model(refused, tmp_path):
         "checkpointer.model_type=LLAMA3",
         "model.num_layers=4",
     )
-    assert "the checkpoint does not fit the model: layers.3." in said
-    assert "is missing in the checkpoint" in said
+    assert "'model': num_layers is 4, but num_hidden_layers in" in said
+    assert "config.json is 3; set model.num_layers: 3" in said
 
 
 def test_a_checkpoint_that_is_not_there(refused, tmp_path):

@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torchtune.modules.peft import disable_adapter
 
+from exports import log_probs_by
 from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
 from prefix_sharing.config import find_config
 from prefix_sharing.errors import UserError
-from prefix_sharing.quickstart import preference_pairs, tokenizer
 from prefix_sharing.run import set_up_device
 from prefix_sharing.trees import Row
 from runs import (
@@ -27,7 +27,6 @@ from runs import (
     run_distributed,
     run_in_process,
     training_log,
-    transformers_log_probs,
 )
 
 # NF4 wants weights of a multiple of 64 * 256 numbers, on each rank.
@@ -73,23 +72,6 @@ def test_the_merged_model_computes_what_base_and_adapter_do(tmp_path):
     merged = make_recipe(tmp_path / "merged", checkpointer=checkpointer)
     merged.setup()
     torch.testing.assert_close(merged.model(row).log_probs, expected, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_peft_and_transformers_load_what_was_written_and_agree(tmp_path, monkeypatch, use_dora):
-    transformers, peft = (pytest.importorskip(name) for name in ("transformers", "peft"))
-    run_in_process(tmp_path, save_adapter_weights_only=False, **lora(use_dora=use_dora))
-    held_out = preference_pairs(tokenizer(), num_pairs=16, seed=1)
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    base = load(tmp_path / "initial_model", dtype=torch.float32)
-    assert evaluated_log_probs(tmp_path, "before") == pytest.approx(transformers_log_probs(base, held_out), abs=1e-3)
-    after = evaluated_log_probs(tmp_path)
-    merged = load(tmp_path / "epoch_0", dtype=torch.float32)
-    assert after == pytest.approx(transformers_log_probs(merged, held_out), abs=1e-3)
-    # It would refuse torchtune's torchao, of which nothing here makes use.
-    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
-    adapted = peft.PeftModel.from_pretrained(base, str(tmp_path / "epoch_0" / "adapter"))
-    assert after == pytest.approx(transformers_log_probs(adapted, held_out), abs=1e-3)
 
 
 def test_with_its_adapter_disabled_the_policy_is_the_base_model(tmp_path):
@@ -176,6 +158,14 @@ def test_a_quantized_base_trains(tmp_path):
     assert losses(tmp_path)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses(tmp_path)[-1] != pytest.approx(math.log(2), abs=1e-3)
     assert type(recipe.model.layers[0].attn.q_proj.weight.data).__name__ == "NF4Tensor"
+
+
+def test_what_is_merged_with_a_quantized_base_is_loaded_as_it_was_trained(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    run_in_process(tmp_path, save_adapter_weights_only=False, **lora(QUANTIZABLE, quantize_base=True))
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "epoch_0")
+    assert merged.dtype == torch.float32
+    assert log_probs_by(merged) == pytest.approx(evaluated_log_probs(tmp_path), abs=1e-3)
 
 
 def test_an_adapter_for_a_model_without_one_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Weights and training state as full tensors, gathered from a model that may be sharded and put back into one."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,11 +43,13 @@ class Checkpoint:
         weights (dict[str, torch.Tensor]): the model's, by name.
         adapter (dict[str, torch.Tensor]): those of a trained adapter; empty where there is none.
         state (TrainingState | None): None unless a run is resumed.
+        config_file (Path | None): the ``config.json`` that says what model the weights are of, if there is one.
     """
 
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     adapter: dict[str, torch.Tensor] = field(default_factory=dict)
     state: TrainingState | None = None
+    config_file: Path | None = None
 
 
 def full_weights(model: nn.Module, *, trainable_only: bool = False) -> dict[str, Any]:

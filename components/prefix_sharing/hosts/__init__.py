@@ -5,7 +5,13 @@ writes its weights.
 """
 
 from prefix_sharing.hosts.layers import checkpoint_activations, compile_layers
-from prefix_sharing.hosts.torchtune import load_checkpoint, load_trained_checkpoint, save_checkpoint, to_tree_model
+from prefix_sharing.hosts.torchtune import (
+    load_checkpoint,
+    load_trained_checkpoint,
+    missing_window,
+    save_checkpoint,
+    to_tree_model,
+)
 from prefix_sharing.hosts.tree_model import TreeModel
 
 __all__ = [
@@ -14,6 +20,7 @@ __all__ = [
     "compile_layers",
     "load_checkpoint",
     "load_trained_checkpoint",
+    "missing_window",
     "save_checkpoint",
     "to_tree_model",
 ]

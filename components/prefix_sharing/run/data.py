@@ -12,7 +12,7 @@ from prefix_sharing.datasets import PrefixPreferenceDataset, StepLoader
 from prefix_sharing.datasets.labels import with_labels
 from prefix_sharing.distributed import Ranks, is_rank_zero, rank_zero_first
 from prefix_sharing.errors import ConfigError
-from prefix_sharing.hosts import TreeModel
+from prefix_sharing.hosts import TreeModel, missing_window
 from prefix_sharing.losses import Loss
 from prefix_sharing.planning import ByLength, ExampleSizes, Fixed, Packing, Plan, WholeDataset, report_plan
 from prefix_sharing.trees import RowOptions, bucket_length
@@ -76,6 +76,13 @@ def build_dataset(key: str, cfg: DictConfig, tokenizer: Any, model: TreeModel, l
         problem = (
             f"the longest response sequence has {dataset.longest} tokens, but the model takes at most "
             f"{model.max_seq_len}; set it to that or less"
+        )
+        raise ConfigError(f"{key}.max_seq_len", problem)
+    window = missing_window(model, cfg.get("checkpointer"))
+    if window is not None and dataset.longest > window[0]:
+        problem = (
+            f"the longest response sequence has {dataset.longest} tokens, but sliding_window in {window[1]} is "
+            f"{window[0]}, and the model sees further than that; set it to {window[0]} or less"
         )
         raise ConfigError(f"{key}.max_seq_len", problem)
     name = type(loss).__name__

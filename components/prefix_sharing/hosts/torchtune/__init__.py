@@ -4,6 +4,7 @@ Everything that touches a private name of torchtune's models or checkpoints is i
 """
 
 from prefix_sharing.hosts.torchtune.generation import AnswerModel
+from prefix_sharing.hosts.torchtune.geometry import missing_window
 from prefix_sharing.hosts.torchtune.model import (
     TreeAttention,
     TreeTransformerDecoder,
@@ -19,6 +20,7 @@ __all__ = [
     "TreeTransformerLayer",
     "load_checkpoint",
     "load_trained_checkpoint",
+    "missing_window",
     "save_checkpoint",
     "to_tree_model",
 ]

@@ -25,6 +25,9 @@ from torchtune.modules.peft import (
 
 _ADAPTERS = (LoRALinear, DoRALinear)
 
+_PEFT_MAGNITUDE = "lora_magnitude_vector"
+"""PEFT's name of DoRA's magnitudes."""
+
 
 def has_adapter(model: nn.Module) -> bool:
     """Whether a model was built with LoRA or one of its relatives."""
@@ -99,6 +102,7 @@ def adapter_to_save(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) ->
         "lora_alpha": alpha,
         "target_modules": sorted({name.rsplit(".", 1)[-1] for name, _ in layers}),
         "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
         "use_dora": isinstance(first, DoRALinear),
     }
     return weights, config
@@ -122,10 +126,12 @@ def correct_peft_file(file: Path, adapter: Mapping[str, torch.Tensor], model: Tr
             rows = torch.arange(num_heads * attn.head_dim)
             if not isinstance(attn.pos_embeddings, Qwen2RotaryPositionalEmbeddings):
                 rows = rows.view(num_heads, attn.head_dim // 2, 2).transpose(1, 2).flatten()
-            for ours, theirs in (("lora_b.weight", "lora_B.weight"), ("magnitude", "lora_magnitude_vector")):
+            for ours, theirs in (("lora_b.weight", "lora_B.weight"), ("magnitude", _PEFT_MAGNITUDE)):
                 tensor = adapter.get(f"layers.{i}.attn.{projection}.{ours}")
                 if tensor is not None:
                     tensors[f"base_model.model.model.layers.{i}.self_attn.{projection}.{theirs}"] = tensor[rows]
+    # PEFT itself leaves out the last part, and reads both; transformers 5 reads a magnitude under its whole name only.
+    tensors = {f"{name}.weight" if name.endswith(_PEFT_MAGNITUDE) else name: tensor for name, tensor in tensors.items()}
     save_file(tensors, file, metadata={"format": "pt"})
 
 

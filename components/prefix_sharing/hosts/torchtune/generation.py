@@ -10,6 +10,7 @@ from torchtune.training import set_default_dtype
 
 from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.config import instantiate
+from prefix_sharing.hosts.torchtune.dora import leave_biases_alone
 from prefix_sharing.hosts.torchtune.model import materialize
 from prefix_sharing.hosts.torchtune.weights import load_weights
 
@@ -30,6 +31,7 @@ class AnswerModel:
     def __init__(self, node: DictConfig, device: torch.device, dtype: torch.dtype) -> None:
         with torch.device("meta"), set_default_dtype(dtype):
             self.model = instantiate("model", node)
+        leave_biases_alone(self.model)
         materialize(self.model, device)
         self.model.eval()
         self.max_seq_len: int = self.model.max_seq_len

@@ -36,6 +36,7 @@ from prefix_sharing.attention import AttentionBackend, TreeMask, mask_builder
 from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.hosts.torchtune.adapters import freeze_base, has_adapter
+from prefix_sharing.hosts.torchtune.dora import leave_biases_alone
 from prefix_sharing.hosts.torchtune.quantization import is_quantized, materialize_quantized
 from prefix_sharing.hosts.torchtune.weights import load_weights
 from prefix_sharing.hosts.tree_model import TreeModel
@@ -258,6 +259,7 @@ def to_tree_model(
         ConfigError: if the model has parts whose arithmetic tree attention does not cover.
     """
     _refuse_unsupported(model)
+    leave_biases_alone(model)
     if attention_backend == "varlen" and any(isinstance(layer.attn, Gemma2Attention) for layer in model.layers):
         raise ConfigError("attention_backend", "varlen cannot cap attention scores as Gemma 2 does; use flex or chains")
     for layer in model.layers:

@@ -52,6 +52,19 @@ def load_quantized(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> boo
     return bool(quantized)
 
 
+def dequantized(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The numbers that quantized weights stand for. torchtune's state dict has them rounded to bf16.
+
+    Args:
+        model (nn.Module): not sharded.
+
+    Returns:
+        dict[str, torch.Tensor]: those that are quantized, by name, in fp32 on the CPU.
+    """
+    names = {name.replace(CHECKPOINT_PREFIX, ""): parameter for name, parameter in model.named_parameters()}
+    return {name: weight.to(torch.float32).cpu() for name, weight in names.items() if is_quantized(weight)}
+
+
 def _quantize_like(weight: torch.Tensor, values: torch.Tensor) -> NF4Tensor:
     """Quantizes values, the same on every rank, as a weight is, and keeps this rank's part of them."""
     local: Any = local_part(weight)

@@ -64,8 +64,8 @@ def _write_random_llama(model: Mapping[str, Any], directory: Path, seed: int) ->
         "num_attention_heads": model["num_heads"],
         "num_key_value_heads": model["num_kv_heads"],
         "max_position_embeddings": model["max_seq_len"],
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500_000.0,
+        "rms_norm_eps": model.get("norm_eps", 1e-5),
+        "rope_theta": model.get("rope_base", 500_000.0),
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
     }

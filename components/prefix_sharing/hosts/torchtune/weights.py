@@ -24,13 +24,18 @@ from prefix_sharing.hosts.torchtune.adapters import (
     is_adapter_key,
     merged,
 )
-from prefix_sharing.hosts.torchtune.quantization import load_quantized
+from prefix_sharing.hosts.torchtune.exports import complete_export
+from prefix_sharing.hosts.torchtune.geometry import check_geometry, config_file_of
+from prefix_sharing.hosts.torchtune.quantization import dequantized, load_quantized
 
 log = logging.getLogger(__name__)
 
 _LR_SCHEDULER_KEY = "lr_scheduler"
 
 _PEFT_FILE = "adapter_model.safetensors"
+
+_GEMMA2_EXCHANGED = {"mlp_norm.scale": "mlp_scale.scale", "mlp_scale.scale": "mlp_norm.scale"}
+"""Gemma 2's norms before and after the MLP, which torchtune 0.6.1 takes for one another."""
 
 
 def load_checkpoint(
@@ -52,7 +57,8 @@ def load_checkpoint(
     Raises:
         UserError: if there is no such checkpoint.
     """
-    checkpointer, checkpoint = None, Checkpoint()
+    checkpointer: Any = None
+    checkpoint = Checkpoint()
     if is_rank_zero():
         overrides = _weights_of_last_epoch(Path(node.output_dir)) if resume else {}
         checkpointer = instantiate(key, node, should_load_recipe_state=resume, **overrides)
@@ -69,7 +75,12 @@ def load_checkpoint(
                 optimizer=read[training.OPT_KEY],
                 lr_scheduler=read[_LR_SCHEDULER_KEY],
             )
-        checkpoint = Checkpoint(read[training.MODEL_KEY], read.get(training.ADAPTER_KEY, {}), state)
+        checkpoint = Checkpoint(
+            _gemma2_norms_in_place(checkpointer, read[training.MODEL_KEY]),
+            read.get(training.ADAPTER_KEY, {}),
+            state,
+            config_file_of(checkpointer),
+        )
     wait_for_all_ranks()
     state = checkpoint.state
     known = broadcast_object(None if state is None else (state.epochs_run, state.seed, state.lr_scheduler))
@@ -113,10 +124,13 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, seed: int) -> None:
         seed (int): decides the adapter, if the model has one and the checkpoint none.
 
     Raises:
-        ConfigError: if a tensor is missing, left over, or of another shape.
+        ConfigError: if a tensor is missing, left over, or of another shape, or if the checkpoint's ``config.json``
+            describes another model.
     """
     state_dict = checkpoint.weights | checkpoint.adapter
     if is_rank_zero():
+        if checkpoint.config_file is not None:
+            check_geometry(model, checkpoint.config_file)
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
         if not checkpoint.adapter:
             shapes = {name: shape for name, shape in expected.items() if is_adapter_key(name)}
@@ -168,9 +182,9 @@ def save_checkpoint(
         adapter, adapter_config = adapter_to_save(model, weights)
         content |= {training.ADAPTER_KEY: adapter, training.ADAPTER_CONFIG: adapter_config}
         if not adapter_only:
-            weights = merged(model, weights)
+            weights = merged(model, weights | dequantized(model))
     if not adapter_only:
-        content[training.MODEL_KEY] = weights
+        content[training.MODEL_KEY] = _gemma2_norms_in_place(checkpointer, weights)
     if not is_last:
         state = training_state(model, optimizer, lr_scheduler, epochs_run=epoch + 1, seed=seed)
         content |= {
@@ -186,18 +200,20 @@ def save_checkpoint(
         epoch_dir = Path(cfg.checkpointer.output_dir) / f"epoch_{epoch}"
         if has_adapter(model) and (epoch_dir / _PEFT_FILE).exists():
             correct_peft_file(epoch_dir / _PEFT_FILE, adapter, model)
-        if has_adapter(model) and not adapter_only:
-            _put_adapter_apart(epoch_dir)
+        complete_export(epoch_dir, config_file_of(checkpointer), adapter_only=adapter_only)
         log.info("Checkpoint saved to %s", epoch_dir)
     wait_for_all_ranks()
 
 
-def _put_adapter_apart(epoch_dir: Path) -> None:
-    """Moves PEFT's files: next to a whole model, transformers would apply the adapter a second time."""
-    (epoch_dir / "adapter").mkdir(exist_ok=True)
-    for file in epoch_dir.glob("adapter_*"):
-        if file.suffix != ".pt":
-            file.replace(epoch_dir / "adapter" / file.name)
+def _gemma2_norms_in_place(checkpointer: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights between a checkpointer and a model, either way."""
+    if getattr(checkpointer, "_model_type", None) is not training.ModelType.GEMMA2:
+        return weights
+    in_place = {}
+    for name, tensor in weights.items():
+        norm = name.split(".", 2)[-1]  # after layers.0.
+        in_place[name.removesuffix(norm) + _GEMMA2_EXCHANGED.get(norm, norm)] = tensor
+    return in_place
 
 
 def _weights_of_last_epoch(output_dir: Path) -> dict[str, Any]:
