@@ -91,7 +91,8 @@ class KTOLoss(Loss):
         log_ratios = (policy.log_probs - require(reference, "log-probs under the reference", self)).flatten()
         distance = require(kl, "the distance of policy and reference", self) if self.needs.kl else 0.0
         # 1 - sigmoid(x) is sigmoid(-x), without the rounding.
-        losses = torch.sigmoid(-self.beta * labels * (log_ratios - distance))
-        weights = self.desirable_weight * (labels == 1) + self.undesirable_weight * (labels == -1)
+        losses = torch.sigmoid(-self.beta * (log_ratios - distance) * labels)
+        desirable, undesirable = ((labels == sign).to(losses.dtype) for sign in (1, -1))
+        weights = self.desirable_weight * desirable + self.undesirable_weight * undesirable
         rewards = self.beta * log_ratios.detach()
-        return LossOutput(losses * weights, rewards * (labels == 1), rewards * (labels == -1))
+        return LossOutput(losses * weights, rewards * desirable, rewards * undesirable)
