@@ -4,16 +4,20 @@ Pairs become two such responses. What KTO measures the policy's distance from th
 prompt, is one more response of the example: a branch from the same prompt, which is computed once for all.
 """
 
+import logging
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
 
 from prefix_sharing.datasets.dataset import PrefixPreferenceDataset
 from prefix_sharing.datasets.table import FEATURES, NO_REMARKS, tokenized_example
 from prefix_sharing.errors import UserError
 from prefix_sharing.fingerprint import code_fingerprint
+
+log = logging.getLogger(__name__)
 
 
 def with_labels(dataset: PrefixPreferenceDataset, *, mismatched: bool) -> PrefixPreferenceDataset:
@@ -36,7 +40,7 @@ def with_labels(dataset: PrefixPreferenceDataset, *, mismatched: bool) -> Prefix
     partners = _partners(dataset) if mismatched else {}
     label = _Label(tokenized, set(used.tolist()), partners, dataset.longest, dataset.name)
     key = [tokenized._fingerprint, used.tolist(), mismatched, code_fingerprint("datasets", "trees")]
-    return dataset.with_table(
+    labelled = dataset.with_table(
         tokenized.map(
             label,
             with_indices=True,
@@ -46,6 +50,10 @@ def with_labels(dataset: PrefixPreferenceDataset, *, mismatched: bool) -> Prefix
             desc=f"Labelling {dataset.name}",
         )
     )
+    labels = pc.list_flatten(labelled.tokenized.data.column("labels").take(used)).to_numpy()
+    counts = (f"{int((labels == label).sum()):,}" for label in (1, -1))
+    log.info("%s: %s desirable and %s undesirable responses", dataset.name, *counts)
+    return labelled
 
 
 def _partners(dataset: PrefixPreferenceDataset) -> dict[int, int]:

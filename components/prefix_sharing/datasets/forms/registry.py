@@ -108,18 +108,23 @@ def recognize_form(records: Sequence[Mapping[str, Any]], columns: Mapping[str, s
         UserError: if no form fits.
     """
     for form in FORMS.values():
-        for record in (Record(values, columns) for values in records):
-            found = [next((name for name in names if name in record), None) for names in form.needs]
-            if None in found:
-                continue
-            if form.fits is None or form.fits(record):
-                return form, _describe(record, [name for name in found if name is not None])
-            break  # what the first such record holds is decisive
+        found = [_columns_of(form, Record(values, columns)) for values in records]
+        having = [(record, names) for record, names in found if names is not None]
+        fitting = [(record, names) for record, names in having if form.fits is None or form.fits(record)]
+        if fitting and 2 * len(fitting) >= len(having):  # a few malformed records do not decide
+            return form, _describe(*fitting[0])
     names = ", ".join(column_names(records))
     raise UserError(
         f"The columns {names} match no known form: chosen and rejected, prompt and responses, messages, or one of "
         "those that docs/data.md lists; rename columns with column_map, or make records of a known form with record_fn."
     )
+
+
+def _columns_of(form: Form, record: Record) -> tuple[Record, list[str] | None]:
+    """A record with which of the columns that a form needs it has; None unless it has one in each place."""
+    found = [next((name for name in names if name in record), None) for names in form.needs]
+    names = [name for name in found if name is not None]
+    return record, names if len(names) == len(form.needs) else None
 
 
 def _describe(record: Record, names: Sequence[str]) -> str:
