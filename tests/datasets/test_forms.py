@@ -236,12 +236,14 @@ def test_steps_before_an_answer_are_given_however_they_are_written():
         {"prompt": "q", "initial_reason_steps": "One. ", "chosen": "Two.", "rejected": "No."},
         {"prompt": turns("q", "One. "), "chosen": "Two.", "rejected": "No."},
         {"prompt": turns("q", "One. "), "chosen": turns("q", "Two.")[1:], "rejected": turns("q", "No.")[1:]},
-        {"prompt": turns("q", "One. "), "chosen": turns("q", "One. Two.")[1:], "rejected": turns("q", "One. No.")[1:]},
         {"prompt": turns("q", "One. "), "chosen": turns("q", "One. Two."), "rejected": turns("q", "One. No.")},
     ):
         comparison = read(record)[1]
         assert comparison.conversations == [turns("q", "One. Two."), turns("q", "One. No.")]
         assert comparison.given == ["One. ", "One. "]
+    # text that happens to begin as the steps do is still what follows them
+    record = {"prompt": "q", "initial_reason_steps": "1", "chosen": "1", "rejected": "2"}
+    assert read(record)[1].conversations == [turns("q", "11"), turns("q", "12")]
 
 
 HISTORY = turns("u1", "a1", "u2", system="S")

@@ -102,6 +102,7 @@ class TokenizeRecord:
             return self._line_of(row)
         except (RecordError, UserError, ValueError) as error:
             problem = f"{error.key} {error.problem}" if isinstance(error, RecordError) else str(error).rstrip(".")
+            problem = _printable(problem)
             if self.options.on_malformed == "stop":
                 raise MalformedRecordError(index, problem) from error
             return dropped_example(MALFORMED, problem=problem)
@@ -124,7 +125,7 @@ class TokenizeRecord:
         ]
         unused = [f"column {name}" for name in record.unused()]
         unused += [f"message key {name}" for name in dict.fromkeys(key for chat in chats for key in chat.unused)]
-        return self._example_of(comparison, chats, unused)
+        return self._example_of(comparison, chats, [_printable(name) for name in unused])
 
     def _tokenize(self, turns: list[Turn], given: str, comparison: Comparison) -> TokenizedChat:
         strategy = self.options.masking_strategy
@@ -216,6 +217,11 @@ def prepare_record(values: dict[str, Any], record_fn: Callable[[dict], dict] | N
     if not isinstance(made, dict):
         raise ValueError(f"record_fn returns a {type(made).__name__}, but must return a dict")
     return made
+
+
+def _printable(text: str) -> str:
+    """Text in one line, with what UTF-8 cannot hold as an escape."""
+    return " ".join(text.encode(errors="backslashreplace").decode().split())
 
 
 def _call(key: str, function: Callable[[dict], Any], values: dict[str, Any]) -> Any:

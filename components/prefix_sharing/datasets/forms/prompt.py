@@ -114,33 +114,24 @@ def join(prompt: Sequence[Turn], answer: Sequence[Turn], key: str) -> tuple[list
     prompt, answer = list(prompt), list(answer)
     if not prompt or _same(answer[: len(prompt)], prompt):
         return answer, ""
-    for overlap in range(min(len(prompt), len(answer)), 0, -1):
+    for overlap in range(min(len(prompt), len(answer) - 1), 0, -1):
         if _same(prompt[-overlap:], answer[:overlap]):
             return [*prompt, *answer[overlap:]], ""
     if any(_same(answer[i : i + len(prompt)], prompt) for i in range(len(answer))):
         return answer, ""
-    begun, given = prompt[-1], prompt[-1].get("content", "")
-    if begun["role"] == "assistant" and _same(answer[: len(prompt) - 1], prompt[:-1]) and len(answer) == len(prompt):
-        goes_on = answer[-1]
-        if goes_on["role"] == "assistant" and goes_on.get("content", "").startswith(given):
-            return answer, given
-    first, last = answer[0]["role"], begun["role"]
-    if first == last == "assistant" and "tool_calls" not in prompt[-1]:
-        return _go_on(prompt, answer)
-    if first == "assistant" or (first == "user" and last in ("assistant", "system")):
+    begun, first = prompt[-1], answer[0]["role"]
+    can_go_on = begun["role"] == "assistant" and "tool_calls" not in begun
+    if can_go_on and len(prompt) == len(answer) > 1 and _same(prompt[:-1], answer[:-1]):
+        if answer[-1].get("content", "").startswith(begun["content"]):
+            return answer, begun["content"]
+    elif can_go_on and first == "assistant":
+        goes_on, *after = answer
+        whole = {**begun, **goes_on, "content": begun["content"] + goes_on.get("content", "")}
+        return [*prompt[:-1], whole, *after], "" if after else begun["content"]
+    elif first == "assistant" or (first == "user" and begun["role"] in ("assistant", "system")):
         return [*prompt, *answer], ""
     problem = "neither begins with an assistant's turn nor repeats the end of the prompt, so the two do not fit"
     raise RecordError(key, f"{problem}; column_map: {{prompt: null}} reads the answers alone")
-
-
-def _go_on(prompt: list[Turn], answer: list[Turn]) -> tuple[list[Turn], str]:
-    *before, begun = prompt
-    first, *after = answer
-    text = first.get("content", "")
-    if not text.startswith(begun["content"]):
-        text = begun["content"] + text
-    given = begun["content"] if not after else ""
-    return [*before, {**begun, **first, "content": text}, *after], given
 
 
 def _same(turns: Sequence[Turn], others: Sequence[Turn]) -> bool:
