@@ -6,7 +6,7 @@ import json
 import datasets
 import pytest
 
-from prefix_sharing.datasets.source import Source
+from prefix_sharing.datasets.source import Source, kind_of_files
 from prefix_sharing.errors import UserError
 
 TEXTS = ["42", "4.20", "true", "null", '"quoted"', '{"a": 1}', '[{"text": "no"}]', "2024-05-17", "1814-05-17T00:00", ""]
@@ -145,3 +145,21 @@ def test_a_file_without_records_is_one_sentence(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as caught:
         load(file)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [("a.jsonl", "json"), (["a.json", "b.JSONL.gz"], "json"), ({"train": "a.csv"}, "csv"), ("x/*.parquet", "parquet")],
+)
+def test_the_kind_of_files_is_told_by_their_names(files, kind):
+    assert kind_of_files({"data_files": files}) == kind
+
+
+def test_files_of_no_kind_or_several_need_a_source():
+    for files in ("a.txt", ["a.json", "b.csv"]):
+        with pytest.raises(UserError, match="'source': required: the kind of a.* is not told by the name"):
+            kind_of_files({"data_files": files})
+    with pytest.raises(
+        UserError, match="'source': required: the name of a data set on the hub"
+    ):
+        kind_of_files({})

@@ -18,7 +18,7 @@ from prefix_sharing.datasets.forms import Form, check_column_map, choose_form, r
 from prefix_sharing.datasets.grouping import group_by_prompt as merge_by_prompt
 from prefix_sharing.datasets.ranking import PairStrategy
 from prefix_sharing.datasets.remarks import check_malformed, log_remarks
-from prefix_sharing.datasets.source import Records, Source, UnknownArgumentError
+from prefix_sharing.datasets.source import Records, Source, UnknownArgumentError, kind_of_files
 from prefix_sharing.datasets.table import FEATURES
 from prefix_sharing.datasets.tokenizing import (
     MalformedRecordError,
@@ -43,7 +43,7 @@ _RECORDS_TO_RECOGNISE = 64
 def prefix_preference_dataset(
     tokenizer: ChatTokenizer,
     *,
-    source: str,
+    source: str | None = None,
     split: str = "train",
     format: str | None = None,
     column_map: Mapping[str, str | None] | None = None,
@@ -74,7 +74,8 @@ def prefix_preference_dataset(
 
     Args:
         tokenizer (ChatTokenizer): one of torchtune's, or ``prefix_sharing.tokenizers.hf_chat_tokenizer``.
-        source (str): hub name, or the kind of the local files in ``data_files`` (``json``, ``csv``, ``parquet``).
+        source (str | None): hub name, or the kind of the local files in ``data_files`` (``json``, ``csv``,
+            ``parquet``). Default: None, the kind that the names of ``data_files`` end with.
         split (str): which split. Default: "train".
         format (str | None): a name in ``prefix_sharing.datasets.forms.FORMS``. Default: None, recognized.
         column_map (Mapping[str, str | None] | None): actual name of a column for each expected one that is named
@@ -115,7 +116,6 @@ def prefix_preference_dataset(
 
             dataset:
               _component_: prefix_sharing.datasets.prefix_preference_dataset
-              source: json
               data_files: my_pairs.jsonl
               split: train[:90%]
     """
@@ -140,7 +140,7 @@ def prefix_preference_dataset(
         max_malformed=max_malformed,
     )
     try:
-        records = Source(source, split, load_dataset_kwargs).load()
+        records = Source(source or kind_of_files(load_dataset_kwargs), split, load_dataset_kwargs).load()
     except UnknownArgumentError as error:
         known = list(inspect.signature(prefix_preference_dataset).parameters)
         problem = f"unknown argument of prefix_preference_dataset.{did_you_mean(error.name, known)}"

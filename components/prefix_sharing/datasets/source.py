@@ -24,6 +24,9 @@ from prefix_sharing.errors import ConfigError, UserError
 _LINE, _VALUE = "line of JSON", "value of JSON"
 """The only column of records in JSON, from files with a record in each line, and from others."""
 
+_KINDS = {"json": "json", "jsonl": "json", "ndjson": "json", "csv": "csv", "parquet": "parquet"}
+"""What ``load_dataset`` calls files whose names end so."""
+
 _BOM = "\ufeff"
 
 _LINES_TO_LOOK_AT = 64
@@ -89,6 +92,39 @@ class Records:
         return f"{name}, record {index}" + (f" (line {index + 1})" if self.are_lines else "")
 
 
+def kind_of_files(kwargs: Mapping[str, Any]) -> str:
+    """The kind of some files, told by how their names end.
+
+    Args:
+        kwargs (Mapping[str, Any]): arguments of ``load_dataset``, ``data_files`` among them.
+
+    Returns:
+        str: what ``load_dataset`` calls it, such as ``json``.
+
+    Raises:
+        ConfigError: if there are no files, or they are of no kind that is known, or of several.
+    """
+    files = _names(kwargs.get("data_files"))
+    if not files:
+        raise ConfigError("source", "required: the name of a data set on the hub, or files in data_files")
+    endings = {re.sub(r"\.(gz|bz2|xz|zst)$", "", file.lower()).rpartition(".")[2] for file in files}
+    kinds = {_KINDS.get(ending) for ending in endings}
+    kind = kinds.pop()
+    if kinds or kind is None:
+        problem = f"required: the kind of {', '.join(files)} is not told by the name; choose from json, csv, parquet"
+        raise ConfigError("source", problem)
+    return kind
+
+
+def _names(files: Any) -> list[str]:
+    """The files that ``data_files`` names, which may be one, a list, or a mapping of splits to either."""
+    if isinstance(files, Mapping):
+        return [name for some in files.values() for name in _names(some)]
+    if files is None or isinstance(files, str):
+        return [files] if files else []
+    return [str(name) for name in files]
+
+
 def to_record(row: Mapping[str, Any], is_json: bool) -> dict[str, Any]:
     """Reads a row.
 
@@ -150,11 +186,7 @@ class Source:
     def name(self) -> str:
         """The files the data set is read from, or else its name on the hub."""
         files = self.kwargs.get("data_files") or self.kwargs.get("data_dir")
-        if files is None:
-            return self.path
-        if isinstance(files, dict):
-            files = [file for some in files.values() for file in ([some] if isinstance(some, str) else some)]
-        return files if isinstance(files, str) else ", ".join(files)
+        return self.path if files is None else ", ".join(_names(files))
 
     def load(self) -> Records:
         """Loads the records.
