@@ -16,7 +16,8 @@ from prefix_sharing.config import DistributedConfig, config_names, find_config
 from prefix_sharing.config.checks import check_component
 from prefix_sharing.config.schema import ReferenceConfig
 from prefix_sharing.datasets import prefix_preference_dataset
-from prefix_sharing.losses import CPOLoss, DPOLoss, ORPOLoss, PlackettLuceLoss, SimPOLoss
+from prefix_sharing.datasets.forms import FORMS
+from prefix_sharing.losses import CPOLoss, DPOLoss, KTOLoss, ORPOLoss, PlackettLuceLoss, SimPOLoss
 from prefix_sharing.quickstart import tokenizer
 from prefix_sharing.reports import mask
 from prefix_sharing.scoring import ResponseLogProbs
@@ -90,19 +91,24 @@ def test_every_setting_is_explained():
 
 
 def test_every_form_of_data_is_read(tmp_path):
-    forms = [(cells[0].split("`")[1], cells[1].strip("`")) for cells in table(PAGES["data.md"], "`format`")]
-    assert [name for name, _ in forms] == ["messages", "messages", "messages", "text", "hh", "ranked", "chat"]
+    forms = [(cells[0].split("`")[1], cells[1].split("`")[1]) for cells in table(PAGES["data.md"], "`format`")]
+    assert {name for name, _ in forms} == set(FORMS)
     for i, (name, record) in enumerate(forms):
         # The table writes the second response as "[...]" where it is like the first.
         chosen = re.search(r'"chosen": (\[.*?\])', record)
         if chosen:
             record = record.replace('"rejected": [...]', '"rejected": ' + chosen.group(1).replace('"A"', '"B"'))
         file = tmp_path / f"{i}.jsonl"
-        file.write_text(record + "\n")
-        dataset = prefix_preference_dataset(tokenizer(), source="json", data_files=str(file))
+        others = {"helpsteer2": record.replace('"A"', '"B"').replace("4", "1")}
+        file.write_text(f"{record}\n{others.get(name, '')}\n")
+        dataset = prefix_preference_dataset(tokenizer(), data_files=str(file))
         assert len(dataset) == 1
-        forced = prefix_preference_dataset(tokenizer(), source="json", data_files=str(file), format=name)
+        assert dataset.num_responses == {"chat": 1, "unpaired": 1, "ranked": 3}.get(name, 2)
+        forced = prefix_preference_dataset(tokenizer(), data_files=str(file), format=name)
         assert [r.tokens.tolist() for r in forced[0]] == [r.tokens.tolist() for r in dataset[0]]
+        if dataset.num_responses > 1:  # A is always the better one
+            text = tokenizer().decode(dataset[0][0].tokens.tolist())
+            assert text.endswith(("A", " blue."))
 
 
 def test_the_first_data_set_shown_is_read(tmp_path):
@@ -156,7 +162,7 @@ def test_every_component_named_exists():
 
 def test_keys_that_migration_and_troubleshooting_name_exist():
     known = {field.name for field in (*fields(DistributedConfig), *fields(ReferenceConfig))}
-    for loss in (DPOLoss, SimPOLoss, ORPOLoss, CPOLoss, PlackettLuceLoss):
+    for loss in (DPOLoss, SimPOLoss, ORPOLoss, CPOLoss, PlackettLuceLoss, KTOLoss):
         known |= {field.name for field in fields(loss)}
     text = PAGES["migration.md"] + PAGES["troubleshooting.md"]
     for key in re.findall(r"`(?:loss|reference)\.(\w+)", text):

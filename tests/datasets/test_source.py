@@ -159,7 +159,5 @@ def test_files_of_no_kind_or_several_need_a_source():
     for files in ("a.txt", ["a.json", "b.csv"]):
         with pytest.raises(UserError, match="'source': required: the kind of a.* is not told by the name"):
             kind_of_files({"data_files": files})
-    with pytest.raises(
-        UserError, match="'source': required: the name of a data set on the hub"
-    ):
+    with pytest.raises(UserError, match="'source': required: the name of a data set on the hub"):
         kind_of_files({})
