@@ -24,18 +24,22 @@ def fingerprint(value: Any) -> str:
 
 
 def source_of(component: Callable[..., Any] | None) -> str | None:
-    """The source of a function or class, which tells two versions of it apart.
+    """The source of the file that a function or class is in, which tells two versions of it apart.
 
     Args:
-        component (Callable[..., Any] | None): a function, a class, or None.
+        component (Callable[..., Any] | None): a function, a class, an instance that can be called, or None.
 
     Returns:
-        str | None: its text, without that of what it calls; None where there is none.
+        str | None: the text of the file, so that what it uses of it counts as well; None where there is none.
     """
+    while isinstance(component, functools.partial):
+        component = component.func
     if component is None:
         return None
+    defined = component if inspect.isroutine(component) or inspect.isclass(component) else type(component)
     try:
-        return inspect.getsource(component)
+        file = inspect.getsourcefile(defined)
+        return None if file is None else Path(file).read_text(encoding="utf-8")
     except (OSError, TypeError):
         return None
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 
+import datasets
 import numpy as np
 import pytest
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
@@ -162,8 +163,6 @@ def test_ranked_records_keep_all_responses_best_first(write):
 def test_files_of_every_kind(write, tmp_path, name):
     records = [pair("q", "good", "bad"), pair("p", "yes", "no")]
     if name.endswith("parquet"):
-        import datasets
-
         file = str(tmp_path / name)
         datasets.Dataset.from_list(records).to_parquet(file)
         dataset = prefix_preference_dataset(small_tokenizer(), source="parquet", data_files=file)
@@ -479,3 +478,53 @@ def test_code_that_makes_other_tokens_does_not_find_the_old_ones(write, monkeypa
     assert build(file)._examples.cache_files == first
     monkeypatch.setattr("prefix_sharing.datasets.tokenizing.code_fingerprint", lambda *parts: "another")
     assert build(file)._examples.cache_files != first
+
+
+@pytest.mark.parametrize("kind", ["function", "partial", "instance"])
+def test_a_changed_record_fn_is_not_mistaken_for_the_old_one(write, tmp_path, monkeypatch, kind):
+    file = write([{"ask": "q"}])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = tmp_path / "my_records.py"
+    found = []
+    for word in ("one", "two"):
+        module.write_text(
+            "import functools\n"
+            f"WORD = '{word}'\n"
+            "def pair(record, more=''):\n"
+            "    return {'prompt': record['ask'], 'chosen': WORD + more, 'rejected': 'b'}\n"
+            "class Pair:\n"
+            "    def __call__(self, record):\n"
+            "        return pair(record)\n"
+            "function, partial, instance = pair, functools.partial(pair, more=''), Pair()\n"
+        )
+        monkeypatch.delitem(sys.modules, "my_records", raising=False)
+        linecache.clearcache()
+        importlib.invalidate_caches()
+        found.append(scored_text(build(file, record_fn=f"my_records.{kind}")[0][0], small_tokenizer()))
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    assert found == ["one<|end|>", "two<|end|>"]
+
+
+def test_column_map_may_name_what_only_later_records_have(write):
+    records = [pair("q", "good", "bad")] * 70 + [pair("q", "good", "bad") | {"persona": "S"}]
+    dataset = build(write(records), column_map={"system": "persona"})
+    assert "system\nS" in small_tokenizer().decode(dataset[70][0].tokens.tolist())
+    with pytest.raises(UserError, match="there is no column 'personal'.* Did you mean 'persona'"):
+        build(write(records[-1:]), column_map={"system": "personal"})
+
+
+def test_the_same_answer_with_a_label_counts_each_time(write):
+    records = [{"prompt": "q", "completion": "a", "label": label} for label in (True, True, False)]
+    assert build(write(records), group_by_prompt=True).num_labels.tolist() == [3]
+
+
+def test_a_class_label_is_not_taken_for_true_or_false(tmp_path):
+    features = datasets.Features(
+        {name: datasets.Value("string") for name in ("prompt", "completion")}
+        | {"label": datasets.ClassLabel(names=["good", "bad"])}
+    )
+    data = {"prompt": ["q"], "completion": ["a"], "label": ["good"]}
+    file = str(tmp_path / "answers.parquet")
+    datasets.Dataset.from_dict(data, features=features).to_parquet(file)
+    with pytest.raises(UserError, match=r"column label is a class \(good, bad\), not true or false"):
+        prefix_preference_dataset(small_tokenizer(), data_files=file)

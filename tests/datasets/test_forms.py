@@ -227,7 +227,7 @@ def test_verdicts_without_a_preference_are_ties():
 
 
 def test_labels_of_unpaired_answers():
-    for label, expected in ((True, True), (0, False), ("true", True), ("0", False)):
+    for label, expected in ((True, True), (0, False), ("true", True), ("0", False), ("TRUE", True), ("0.0", False)):
         assert read({"prompt": "q", "completion": "a", "label": label})[1].label is expected
 
 
@@ -464,3 +464,40 @@ def test_malformed_record_names_key_and_problem(format, record, key, problem):
         read(record, format=format)
     assert caught.value.key == key
     assert problem in caught.value.problem
+
+
+def test_a_prompt_may_hold_the_answer_as_well():
+    for prompt in ({"messages": turns("q", "good")}, {"conversations": sharegpt(turns("q", "good"))}):
+        for chosen, rejected in (("good", "bad"), (ANSWER, OTHER), (ANSWER[0], OTHER[0])):
+            assert read({**prompt, "chosen": chosen, "rejected": rejected})[1].conversations == EXPECTED
+
+
+def test_a_rejected_response_takes_the_place_of_what_follows_the_last_result():
+    begun = [*turns("q"), CALL, {"role": "tool", "content": "r"}]
+    conversations = read({"messages": [*begun, *ANSWER], "rejected_response": "bad"})[1].conversations
+    assert conversations == [[*begun, *ANSWER], [*begun, *OTHER]]
+
+
+def test_what_only_later_records_have_is_not_passed_over():
+    record = {"prompt": "q", "chosen": "It is Oslo.", "rejected": "It is Bergen."}
+    comparison = read(record, format="shared_beginning")[1]
+    assert comparison.conversations == [turns("q", "It is Oslo."), turns("q", "It is Bergen.")]
+    for name, value in (("rejected_response", "bad"), ("label", False)):
+        with pytest.raises(RecordError, match="is beside messages in this record but not in the first ones"):
+            read({"messages": turns("q", "good"), name: value}, format="chat")
+        columns = {name: None}
+        assert read({"messages": turns("q", "good"), name: value}, columns, "chat")[1].conversations == EXPECTED[:1]
+
+
+def test_empty_columns_do_not_hide_full_ones():
+    record = {"prompt": "", "question": "q", "system": "", "system_prompt": "s", "history": ""}
+    comparison = read({**record, "chosen": "good", "rejected": "bad"})[1]
+    assert comparison.conversations[0] == turns("q", "good", system="s")
+
+
+@pytest.mark.parametrize("value", [["hm"], 5])
+def test_thoughts_that_are_no_text_are_refused(value):
+    answer = [{"role": "assistant", "content": "a", "reasoning_content": value}]
+    with pytest.raises(RecordError) as caught:
+        read({"prompt": "q", "chosen": answer, "rejected": "b"})
+    assert caught.value.key == "chosen[0].reasoning_content"

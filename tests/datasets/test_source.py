@@ -53,6 +53,34 @@ def test_records_in_a_field_of_a_json_file(tmp_path):
         load(file, field="dat")
 
 
+@pytest.mark.parametrize("list_first", [True, False])
+def test_lines_and_lists_may_be_mixed_in_data_files(tmp_path, list_first):
+    files = [tmp_path / "list.json", tmp_path / "lines.jsonl"]
+    files[0].write_text(json.dumps(LINES[:3], indent=1))
+    files[1].write_text(jsonl(LINES[3:]))
+    expected = LINES if list_first else [*LINES[3:], *LINES[:3]]
+    names = [str(file) for file in (files if list_first else files[::-1])]
+    assert records_of(Source("json", "train", {"data_files": names}).load()) == expected
+
+
+@pytest.mark.parametrize("row", ["Hello, you,A,B", "Q,A,B,"])
+def test_csv_rows_longer_than_the_header_are_refused(tmp_path, row):
+    file = tmp_path / "pairs.csv"
+    file.write_text(f"prompt,chosen,rejected\n{row}\n")
+    with pytest.raises(UserError, match="rows have more cells than its header; put cells with commas in quotes"):
+        load(file, source="csv")
+
+
+def test_images_are_not_decoded(tmp_path, caplog):
+    caplog.set_level("INFO")
+    file = tmp_path / "pairs.parquet"
+    features = datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image()})
+    data = {"prompt": ["q"], "image": [{"bytes": b"no image", "path": None}]}
+    datasets.Dataset.from_dict(data, features=features).to_parquet(str(file))
+    assert records_of(load(file, source="parquet")) == [{"prompt": "q"}]
+    assert "not used: column image (images or audio)" in caplog.text
+
+
 def test_csv_comes_back_as_it_was_written(tmp_path):
     file = tmp_path / "pairs.csv"
     texts = [text.replace('"', '""') for text in TEXTS]

@@ -231,7 +231,8 @@ def test_keys_without_a_place_in_the_template_are_told(make_tokenizer):
     plain = "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content + '<|end|>\n' }}{% endfor %}"
     tokenizer = make_tokenizer(plain)
     chat = tokenize_turns(tokenizer, [{**user("q"), "name": "Ann"}, assistant("a")], [False, True], TOOLS)
-    assert chat.unused == ("name", "tools")
+    assert chat.unused == ("name",)
+    assert chat.unused_tools
     with pytest.raises(UserError, match="has no place for tool_calls; use another chat template"):
         tokenize_turns(tokenizer, CONVERSATIONS["call"], [False, True])
 
@@ -266,3 +267,95 @@ def test_special_tokens_are_those_of_transformers(make_tokenizer, in_config, has
     assert ours.eos_id == theirs.eos_token_id
     assert (ours.eos_id is not None) == (in_config or not has_decoder)
     assert ours._named_tokens == theirs.special_tokens_map
+
+
+@pytest.mark.parametrize("name", ["additional_special_tokens", "extra_special_tokens"])
+def test_special_tokens_that_only_config_files_name_are_one_token(make_tokenizer, name):
+    transformers = pytest.importorskip("transformers")
+    directory = Path(make_tokenizer(HERMES).path)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config |= {name: ["<extra>"], "eos_token": "<END>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = hf_chat_tokenizer(str(directory))
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    text = "a<extra>b<END>"
+    assert ours.encode(text, add_bos=False, add_eos=False) == theirs.encode(text, add_special_tokens=False)
+    assert ours.eos_id == theirs.eos_token_id
+    assert {ours.special_tokens["<extra>"], ours.eos_id} <= set(theirs.all_special_ids)
+
+
+# DeepSeek R1's distilled models: a call is rendered only where there is no content at all.
+CALLS_WITHOUT_CONTENT = (
+    "{% for m in messages %}{{ '<|start|>' + m.role + '\n' }}{% if m.content is defined %}{{ m.content }}"
+    "{% else %}{% for call in m.tool_calls %}{{ call.function | tojson }}{% endfor %}{% endif %}{{ '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+# Gemma 4: call, result and what follows are one turn of the model.
+RESULTS_IN_THE_TURN = (
+    "{% for m in messages %}{% set result = messages[loop.index] if loop.index < messages | length else none %}"
+    "{% if m.role == 'user' %}{{ '<|start|>user\n' + m.content + '<|end|>\n<|start|>assistant\n' }}"
+    "{% elif m.role == 'assistant' %}{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}"
+    "{% if m.tool_calls and result %}{{ '<result>' + result.content + '</result>' }}{% endif %}"
+    "{{ (m.content or '') + '<|end|>\n' }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_leaves_out_calls_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer(CALLS_WITHOUT_CONTENT)
+    chat = tokenize_turns(tokenizer, CONVERSATIONS["answer"], [False, True, False, True])
+    assert runs(tokenizer, chat)[0] == CALLED % "Oslo" + "<|end|>"
+    with pytest.raises(UserError, match="leaves out the tool_calls of turn 2 of 4; use another chat template"):
+        tokenize_turns(tokenizer, CONVERSATIONS["empty_content"], [False, True, False, True])
+
+
+def test_results_within_what_would_be_scored_are_refused(make_tokenizer):
+    tokenizer = make_tokenizer(RESULTS_IN_THE_TURN)
+    turns = [user("Rain?"), {**call("Oslo"), "content": "Let me look."}, result("rain"), assistant("Yes.")]
+    with pytest.raises(UserError, match="puts results of tools into the assistant's turn"):
+        tokenize_turns(tokenizer, turns, [False, True, False, True])
+
+
+def test_text_of_other_turns_that_the_template_leaves_out_is_missed(make_tokenizer):
+    template = (
+        "{% for m in messages if m.role != 'system' %}{{ '<|start|>' + m.role + '\n' + m.content + '<|end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(template)
+    turns = [{"role": "system", "content": "Be brief."}, user("q"), assistant("a")]
+    assert tokenize_turns(tokenizer, turns, [False, False, True]).lost_text
+    assert not tokenize_turns(tokenizer, turns[1:], [False, True]).lost_text
+    # a result that is shown as JSON is shown
+    shown = [user("q"), call("Oslo"), result('{"sky": "clear"}'), assistant("a")]
+    assert not tokenize_turns(make_tokenizer(LLAMA), shown, [False, True, False, True], TOOLS).lost_text
+
+
+@pytest.mark.parametrize("thoughts", ["hm", "a long thought " * 20])
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_thoughts_are_scored_under_any_name_and_whatever_is_asked_for(make_tokenizer, thoughts, name):
+    tokenizer = make_tokenizer(TEMPLATES["qwen3"], chat_template_kwargs={"enable_thinking": False})
+    turns = [user("3+4?"), {**assistant("7"), name: thoughts}]
+    chat = tokenize_turns(tokenizer, turns, [False, True])
+    assert chat.tokens == their_ids(tokenizer, turns)
+    (scored,) = runs(tokenizer, chat)
+    assert scored.removeprefix("<think>\n") == f"{thoughts}\n</think>\n\n7<|end|>"
+    assert not chat.lost_text
+    assert chat.unused == ()
+
+
+def test_what_no_template_can_be_given_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer(HERMES)
+    turns = [user("q"), assistant("a")]
+    with pytest.raises(UserError, match="chat_template_kwargs must not hold add_generation_prompt"):
+        tokenize_turns(tokenizer, turns, [False, True], template_kwargs={"add_generation_prompt": True})
+    with pytest.raises(UserError, match="half of a surrogate pair is somewhere in it"):
+        tokenize_turns(tokenizer, [user("q"), call("\ud83d")], [False, True])
+
+
+@pytest.mark.parametrize("tools", [None, [], TOOLS])
+def test_a_template_for_tools_is_used_as_transformers_does(make_tokenizer, tools):
+    directory = Path(make_tokenizer(HERMES).path)
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text(HERMES.replace("Tools: ", "You have "))
+    tokenizer = hf_chat_tokenizer(str(directory))
+    turns = CONVERSATIONS["no_call"]
+    assert tokenize_turns(tokenizer, turns, [False, True], tools).tokens == their_ids(tokenizer, turns, tools=tools)

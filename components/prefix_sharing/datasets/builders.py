@@ -229,12 +229,38 @@ def _form_of(records: Records, options: PreferenceOptions) -> Form:
             problem = problem or f"{records.describe(index)}: {error}."
     if not first and problem is not None:
         raise UserError(problem)
-    check_column_map(options.column_map, first)
+    check_column_map(options.column_map, first + _first_with(options.column_map, first, records, options))
     if options.format is not None:
-        return choose_form(options.format, first, options.column_map)
-    form, reason = recognize_form(first, options.column_map)
-    log.info("%s: format '%s' recognized by %s", records.name, form.name, reason)
+        form = choose_form(options.format, first, options.column_map)
+    else:
+        form, reason = recognize_form(first, options.column_map)
+        log.info("%s: format '%s' recognized by %s", records.name, form.name, reason)
+    for name in ("label", "kto_tag"):
+        column = options.column_map.get(name) or name
+        feature = records.rows.features.get(column)
+        if form.name == "unpaired" and options.record_fn is None and isinstance(feature, datasets.ClassLabel):
+            problem = f"is a class ({', '.join(feature.names)}), not true or false; say with record_fn which is which"
+            raise UserError(f"{records.name}: column {column} {problem}.")
     return form
+
+
+def _first_with(
+    columns: Mapping[str, str | None], first: list[dict], records: Records, options: PreferenceOptions
+) -> list[dict]:
+    """The first records with columns that ``column_map`` names and the very first ones lack."""
+    missing = {column for column in columns.values() if column is not None and not any(column in r for r in first)}
+    found = []
+    for index in range(_RECORDS_TO_RECOGNISE, len(records.rows) if missing else 0):
+        try:
+            record = prepare_record(records[index], options.record_fn)
+        except ValueError:
+            continue
+        if missing & record.keys():
+            found.append(record)
+            missing -= record.keys()
+        if not missing:
+            break
+    return found
 
 
 def _resolve(key: str, function: Callable[[dict], Any] | str | None) -> Callable[[dict], Any] | None:

@@ -69,10 +69,11 @@ def merge(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         dict[str, Any]: a line of the table.
     """
-    responses: dict[tuple[tuple[int, ...], tuple[bool, ...], int], int] = {}
+    responses: dict[tuple[tuple[int, ...], tuple[bool, ...], Any], int] = {}
     pairs = []
-    for example in examples:
-        labels = example["labels"] or [0] * len(example["tokens"])
+    for number, example in enumerate(examples):
+        # Every answer with a label is a term of the loss, the same one twice as well.
+        labels = [(label, number) for label in example["labels"]] or [(0, 0)] * len(example["tokens"])
         keys = [
             (tuple(t), tuple(s), label)
             for t, s, label in zip(example["tokens"], example["scored"], labels, strict=True)
@@ -85,8 +86,8 @@ def merge(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         [list(scored) for _, scored, _ in responses],
         pairs,
         examples[0]["prompt"],
-        remarks=_sum_of_remarks(examples),
-        labels=[label for _, _, label in responses] if examples[0]["labels"] else (),
+        remarks=_sum_of_remarks(examples, len(responses)),
+        labels=[label for _, _, (label, _) in responses] if examples[0]["labels"] else (),
     )
 
 
@@ -111,10 +112,11 @@ def compare(examples: Sequence[dict[str, Any]], strategy: PairStrategy) -> dict[
         [examples[k]["scored"][0] for k in used],
         [(used.index(chosen), used.index(rejected)) for chosen, rejected in pairs],
         examples[0]["prompt"],
-        remarks=_sum_of_remarks([examples[k] for k in used]),
+        remarks=_sum_of_remarks([examples[k] for k in used], len(used)),
     )
 
 
-def _sum_of_remarks(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    counts = {name: sum(example[name] for example in examples) for name in ("num_cut", "num_without_end")}
-    return {**NO_REMARKS, **counts}
+def _sum_of_remarks(examples: Sequence[dict[str, Any]], num_responses: int) -> dict[str, Any]:
+    """The counts of several examples; at most all, since a response may be in more than one."""
+    names = ("num_cut", "num_without_end")
+    return {**NO_REMARKS, **{name: min(sum(e[name] for e in examples), num_responses) for name in names}}

@@ -105,7 +105,8 @@ class _Label:
     def _labels_of_pairs(self, example: dict[str, Any], index: int) -> list[int]:
         chosen, rejected = set(example["pairs"][::2]), set(example["pairs"][1::2])
         if chosen & rejected or not chosen:
-            problem = "has a response that is better than one and worse than another; set pairs: best_vs_worst"
+            problem = "has a response that is better than one and worse than another; set pairs: best_vs_worst for"
+            problem += " rankings, or leave out group_by_prompt"
             if not chosen:
                 problem = "has a response without a label, and no other to compare it with"
             raise UserError(f"record {index} of the split of {self._name} {problem}.")
@@ -117,6 +118,9 @@ class _Label:
         breaks = np.flatnonzero(np.diff(scored) > 1)
         start, end = int(scored[breaks[-1] + 1] if len(breaks) else scored[0]), int(scored[-1]) + 1
         if start == 0:
-            problem = "its prompt is scored, so no answer can take another's place; set masking_strategy: train_on_last"
+            problem = (
+                "nothing comes before its answer, so that of another prompt cannot take its place; keep_end may have "
+                "cut the prompt away, and masking_strategy: train_on_all may score it"
+            )
             raise UserError(f"record {index} of the split of {self._name}: {problem}.")
         return start, end

@@ -6,6 +6,7 @@ as text, a line for each record, and parsed record by record; CSV is loaded as s
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,17 +16,23 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 from datasets.arrow_writer import SchemaInferenceError
+from datasets.features.features import require_decoding
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
 
 from prefix_sharing.config import one_line
 from prefix_sharing.errors import ConfigError, UserError
 
+log = logging.getLogger(__name__)
+
 _LINE, _VALUE = "line of JSON", "value of JSON"
 """The only column of records in JSON, from files with a record in each line, and from others."""
 
 _KINDS = {"json": "json", "jsonl": "json", "ndjson": "json", "csv": "csv", "parquet": "parquet"}
 """What ``load_dataset`` calls files whose names end so."""
+
+_PANDAS_INDEX = "__index_level_0__"
+"""What pandas makes of first cells for which there is no header."""
 
 _BOM = "\ufeff"
 
@@ -223,9 +230,16 @@ class Source:
         if isinstance(builder, Csv) and builder.config.features is None:
             heads = datasets.load_dataset(self.path, nrows=1, **kwargs)
             names = next(iter(heads.values())).column_names
+            if _PANDAS_INDEX in names and builder.config.index_col is None:
+                raise ValueError("its rows have more cells than its header; put cells with commas in quotes")
             text = datasets.Features({name: datasets.Value("string") for name in names})
             kwargs = {"features": text, "keep_default_na": False, "na_filter": False, **kwargs}
-        return datasets.load_dataset(self.path, **kwargs)
+        splits = datasets.load_dataset(self.path, **kwargs)
+        # Images and audio would be decoded to no use, or not at all where a library is missing.
+        media = {name for rows in splits.values() for name, f in rows.features.items() if require_decoding(f)}
+        if media:
+            log.info("%s: not used: column %s (images or audio)", self.name, ", column ".join(sorted(media)))
+        return {name: rows.remove_columns(list(media & set(rows.column_names))) for name, rows in splits.items()}
 
     def _load_json(self, builder: datasets.DatasetBuilder) -> dict[str, datasets.Dataset]:
         """Every split as lines of JSON, whether its files hold lines, a list of records, or a record."""
@@ -309,7 +323,20 @@ def _holds_lines(rows: datasets.Dataset) -> bool:
     """Whether a file's rows are objects of JSON, as its first lines tell."""
     lines = (text.lstrip(_BOM).strip() for text in rows[:_LINES_TO_LOOK_AT]["text"])
     first, *others = [line for line in lines if line] or [""]
-    return not first.startswith("[") and (not first or any(_is_object(line) for line in (first, *others)))
+    column = rows.data.column(0)
+    begins_list = pc.filter(column, pc.starts_with(pc.utf8_ltrim_whitespace(column), "[")).to_pylist()
+    if any(map(_begins_list_of_objects, begins_list)):
+        return False
+    return not first or any(_is_object(line) for line in (first, *others))
+
+
+def _begins_list_of_objects(line: str) -> bool:
+    """Whether a line is a list of objects, or the beginning of a list that goes on in the next lines."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return bool(value) and isinstance(value[0], dict)
 
 
 def _is_object(line: str) -> bool:
@@ -321,8 +348,13 @@ def _is_object(line: str) -> bool:
 
 def _split_document(batch: dict[str, list[str]], field: str | None) -> dict[str, list[str]]:
     """The records of a file that is one JSON value, each as a line."""
+    text = batch["text"][0].lstrip(_BOM)
     try:
-        value = json.loads(batch["text"][0].lstrip(_BOM), object_pairs_hook=_without_duplicates)
+        if field is None and _is_object(text.strip().partition("\n")[0]):  # lines, beside a file that is a list
+            lines = [line for line in text.split("\n") if line.strip()]
+            value = [json.loads(line, object_pairs_hook=_without_duplicates) for line in lines]
+        else:
+            value = json.loads(text, object_pairs_hook=_without_duplicates)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if field is not None:

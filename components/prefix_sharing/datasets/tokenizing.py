@@ -124,6 +124,7 @@ class TokenizeRecord:
             for turns, given in zip(comparison.conversations, comparison.given, strict=True)
         ]
         unused = [f"column {name}" for name in record.unused()]
+        unused += [f"column {record.key('tools')}"] if any(chat.unused_tools for chat in chats) else []
         unused += [f"message key {name}" for name in dict.fromkeys(key for chat in chats for key in chat.unused)]
         return self._example_of(comparison, chats, [_printable(name) for name in unused])
 

@@ -1,5 +1,7 @@
 """Chat templates: rendering a conversation in jinja's sandbox, and finding each turn in what was rendered."""
 
+import copy
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -95,8 +97,11 @@ class ChatTemplate:
         Raises:
             UserError: if the template refuses the conversation.
         """
+        reserved = {"messages", "tools", "documents", "add_generation_prompt"} & set(kwargs or {})
+        if reserved:
+            raise UserError(f"chat_template_kwargs must not hold {', '.join(sorted(reserved))}: they are set already.")
         given = {
-            "messages": turns,
+            "messages": [_with_thoughts_by_each_name(turn) for turn in turns],
             "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
@@ -162,7 +167,9 @@ class RenderedChat:
         rendered = self._render([*turns[:i], {**without, "content": _PLACEHOLDER}, *turns[i + 1 :]])
         before, found, after = rendered.rpartition(_PLACEHOLDER)
         end = len(text) - len(after)
-        start = self._end_of_generation_prompt(i)
+        start = self._start_of_thoughts(i)
+        if start is None:
+            start = self._end_of_generation_prompt(i)
         if start is None and text.startswith(before):
             start = len(before)
         # Nothing but the end of the turn follows the last one, so what precedes its content may depend on the content.
@@ -192,8 +199,36 @@ class RenderedChat:
             start = [match.start() for match in re.finditer(re.escape(added), self.text)][same.index(i)]
         else:
             return None
+        # What is asked for may be more than the turn begins with, such as an empty block of thoughts.
         prompt = self._render(self._turns[:i], add_generation_prompt=True).removeprefix(before)
-        return start + (len(prompt) if added.startswith(prompt) else 0), start + len(added)
+        return start + _shared_length(prompt, added), start + len(added)
+
+    def shows_call(self, i: int) -> bool:
+        """Whether a turn's tool calls are in the text: with other names in them, the text is another."""
+        calls = copy.deepcopy(self._turns[i]["tool_calls"])
+        for call in calls:
+            function = call.get("function", call) if isinstance(call, dict) else None
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                return True
+            function["name"] += _PLACEHOLDER
+        other = self._render([*self._turns[:i], {**self._turns[i], "tool_calls": calls}, *self._turns[i + 1 :]])
+        return other.count(_PLACEHOLDER) >= len(calls)
+
+    def find_content(self, i: int) -> int | None:
+        """Where the content of a turn that is not scored begins; None if that cannot be told."""
+        turn = {**self._turns[i], "content": _PLACEHOLDER}
+        before, found, _ = self._render([*self._turns[:i], turn, *self._turns[i + 1 :]]).partition(_PLACEHOLDER)
+        return len(before) if found and self.text.startswith(before) else None
+
+    def shows_content(self, i: int) -> bool:
+        """Whether the content of a turn that is not scored is somewhere in the text, as it is or as JSON."""
+        content = self._turns[i].get("content") or ""
+        forms = (content, json.dumps(content, ensure_ascii=False)[1:-1])
+        return any(_squeezed(form) in self._squeezed_text for form in forms)
+
+    @functools.cached_property
+    def _squeezed_text(self) -> str:
+        return _squeezed(self.text)
 
     def keeps_text(self, i: int, start: int, end: int) -> bool:
         """Whether the text of a turn is in ``text[start:end]``, whitespace aside; a generation prompt may begin it."""
@@ -201,11 +236,23 @@ class RenderedChat:
         shown = _squeezed(self.text[max(0, start - _LONGEST_BEGINNING) : end])
         content = _squeezed(turn.get("content") or "")
         kept = content in shown if "tool_calls" in turn else shown.endswith(content)
-        thoughts = [turn[key] for key in REASONING_KEYS if isinstance(turn.get(key), str)]
-        return kept and all(_squeezed(text) in shown for text in thoughts)
+        scored = _squeezed(self.text[start:end])
+        return kept and all(_squeezed(turn[key]) in scored for key in REASONING_KEYS if key in turn)
 
     def _render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
         return self._template.render(turns, self._tools, self._kwargs, add_generation_prompt=add_generation_prompt)
+
+    def _start_of_thoughts(self, i: int) -> int | None:
+        """Where a turn begins that has thoughts apart from its content: where it leaves what asks for it."""
+        if i == 0 or not any(self._turns[i].get(key) for key in REASONING_KEYS):
+            return None
+        try:
+            before, prompt = (self._render(self._turns[:i], add_generation_prompt=asks) for asks in (False, True))
+        except UserError:
+            return None
+        if prompt == before or not (prompt.startswith(before) and self.text.startswith(before)):
+            return None
+        return _shared_length(prompt, self.text)
 
     def _end_of_generation_prompt(self, i: int) -> int | None:
         """Where turn i begins, if it follows a generation prompt and the turns before it render as they do alone."""
@@ -217,6 +264,18 @@ class RenderedChat:
         except UserError:
             return None
         return len(prompt) if has_generation_prompt and self.text.startswith(prompt) else None
+
+
+def _with_thoughts_by_each_name(turn: Turn) -> Turn:
+    """Templates read thoughts under one name or the other; as transformers, has them under both."""
+    thoughts = next((turn[key] for key in REASONING_KEYS if turn.get(key) is not None), None)
+    return turn if thoughts is None else {"thinking": thoughts, **turn, "reasoning_content": thoughts}
+
+
+def _shared_length(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _squeezed(text: str) -> str:

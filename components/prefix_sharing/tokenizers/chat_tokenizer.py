@@ -24,6 +24,7 @@ class TokenizedChat:
         has_end (bool): whether the last scored token is one that ends an answer.
         lost_text (bool): whether text of scored turns is not in the tokens.
         unused (tuple[str, ...]): keys of turns that nothing was made of.
+        unused_tools (bool): whether nothing was made of the tools.
     """
 
     tokens: list[int]
@@ -31,6 +32,7 @@ class TokenizedChat:
     has_end: bool = True
     lost_text: bool = False
     unused: tuple[str, ...] = ()
+    unused_tools: bool = False
 
 
 class ChatTokenizer(Protocol):
@@ -110,7 +112,7 @@ def tokenize_turns(
     )
 
 
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Keys of a message in which data sets and templates keep what a model thinks before it answers."""
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from tokenizers import Encoding, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 from torchtune.data import Message
 
 from prefix_sharing.errors import UserError
 from prefix_sharing.tokenizers.chat_template import ChatTemplate, RenderedChat
-from prefix_sharing.tokenizers.chat_tokenizer import TokenizedChat, Turn
+from prefix_sharing.tokenizers.chat_tokenizer import REASONING_KEYS, TokenizedChat, Turn
 
 
 class HFChatTokenizer:
@@ -43,6 +43,7 @@ class HFChatTokenizer:
     _definition: str
     _template_sources: dict[str, str]
     _named_tokens: dict[str, str]
+    _special_texts: list[str]
 
     def __init__(
         self, path: str, max_seq_len: int | None = None, chat_template_kwargs: Mapping[str, Any] | None = None
@@ -60,6 +61,7 @@ class HFChatTokenizer:
                 "chat_template_kwargs": dict(chat_template_kwargs or {}),
                 "_template_sources": _find_templates(directory, config),
                 "_named_tokens": _named_tokens(directory, config),
+                "_special_texts": _special_texts(directory, config),
             }
         )
 
@@ -72,6 +74,7 @@ class HFChatTokenizer:
             "_definition",
             "_template_sources",
             "_named_tokens",
+            "_special_texts",
         )
         return {name: self.__dict__[name] for name in names}
 
@@ -81,12 +84,16 @@ class HFChatTokenizer:
             name: ChatTemplate(source, self._named_tokens, self.path) for name, source in self._template_sources.items()
         }
         self._tokenizer = Tokenizer.from_str(self._definition)
+        self._tokenizer.add_special_tokens(
+            [AddedToken(token, special=True, normalized=False) for token in self._special_texts]
+        )
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         added_tokens = self._tokenizer.get_added_tokens_decoder()
-        named = set(self._named_tokens.values())
         self.special_tokens = {
-            token.content: i for i, token in added_tokens.items() if token.special or token.content in named
+            token.content: i
+            for i, token in added_tokens.items()
+            if token.special or token.content in self._special_texts
         }
         self._special_ids = frozenset(self.special_tokens.values())
         self.bos_id, self.eos_id, pad_id = (
@@ -192,18 +199,32 @@ class HFChatTokenizer:
                 the template makes of it.
         """
         # As in transformers, a template of this name is for conversations with tools.
-        template = self._templates.get("tool_use" if tools else "default", self._templates["default"])
+        template = self._templates.get("default" if tools is None else "tool_use", self._templates["default"])
         if not template.uses("tool_calls") and any("tool_calls" in turn for turn in turns):
             raise UserError(f"the chat template of {self.path} has no place for tool_calls; use another chat template.")
         chat = template.chat(turns, tools, {**self.chat_template_kwargs, **(template_kwargs or {})})
+        try:
+            chat.text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError("half of a surrogate pair is somewhere in it, which no tokenizer can take.") from error
+        for i, turn in enumerate(turns):
+            if "tool_calls" in turn and not chat.shows_call(i):
+                problem = f"leaves out the tool_calls of turn {i + 1} of {len(turns)}"
+                raise UserError(f"the chat template of {self.path} {problem}; use another chat template.")
         encoding = self._tokenizer.encode(chat.text, add_special_tokens=False)
-        flags, lost_text = [False] * len(encoding.ids), False
+        flags = [False] * len(encoding.ids)
         scored_turns = [i for i, is_scored in enumerate(scored) if is_scored]
+        others = [i for i, is_scored in enumerate(scored) if not is_scored and turns[i]["role"] != "assistant"]
+        lost_text = not all(chat.shows_content(i) for i in others)
+        results = [chat.find_content(i) for i in others if turns[i]["role"] == "tool"]
         end_of_turn = self._ends_of_turns(chat, turns, encoding) if scored_turns else set()
         for i in scored_turns:
             found = chat.find_call(i) if "tool_calls" in turns[i] else None
             start, end = found or chat.find_turn(i)
             lost_text |= not chat.keeps_text(i, start, end)
+            if any(place is not None and start <= place < end for place in results):
+                problem = "puts results of tools into the assistant's turn, where they cannot be told from its words"
+                raise UserError(f"the chat template of {self.path} {problem}; use another chat template.")
             first, last = _tokens_between(encoding, start, end)
             if found is None:
                 behind = next((t for t in range(last, len(flags)) if encoding.ids[t] in self._special_ids), None)
@@ -214,13 +235,15 @@ class HFChatTokenizer:
             flags[first:last] = [True] * (last - first)
         final = next((t for t in reversed(range(len(flags))) if flags[t]), None)
         keys = dict.fromkeys(key for turn in turns for key in turn if key not in ("role", "content"))
-        unused = [key for key in keys if not template.uses(key)]
+        names = {key: REASONING_KEYS[:2] if key in REASONING_KEYS else (key,) for key in keys}
+        unused = [key for key in keys if not any(map(template.uses, names[key]))]
         return TokenizedChat(
             encoding.ids,
             flags,
             has_end=final is not None and encoding.ids[final] in self._special_ids | {self.eos_id},
             lost_text=lost_text,
-            unused=tuple(unused if template.uses("tools") or not tools else [*unused, "tools"]),
+            unused=tuple(unused),
+            unused_tools=bool(tools) and not template.uses("tools"),
         )
 
     def _ends_of_turns(self, chat: RenderedChat, turns: Sequence[Turn], encoding: Encoding) -> set[int | None]:
@@ -315,22 +338,35 @@ def _find_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _named_tokens(directory: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Names such as ``bos_token`` and their texts, which templates may use, by transformers' rules.
-
-    ``special_tokens_map.json`` counts unless ``tokenizer_config.json`` lists its added tokens, and goes first.
-    """
-    file = directory / "special_tokens_map.json"
-    named = dict(config)
-    if "added_tokens_decoder" not in config and file.is_file():
-        named |= json.loads(file.read_text(encoding="utf-8"))
+    """Names such as ``bos_token`` and their texts, which templates may use, by transformers' rules."""
+    named = _special_tokens_of(directory, config)
     extra = named.get("extra_special_tokens")
     named |= extra if isinstance(extra, dict) else {}
-    tokens = {}
-    for name, value in named.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(text, str):
-            tokens[name] = text
-    return tokens
+    return {name: text for name, value in named.items() if name.endswith("_token") and (text := _text_of(value))}
+
+
+def _special_texts(directory: Path, config: dict[str, Any]) -> list[str]:
+    """The texts of all special tokens that the files beside ``tokenizer.json`` name, which it may lack."""
+    listed = sorted((int(i), token) for i, token in config.get("added_tokens_decoder", {}).items())
+    texts = [token["content"] for _, token in listed if token.get("special")]
+    texts += _named_tokens(directory, config).values()
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        more = _special_tokens_of(directory, config).get(name)
+        texts += [text for value in more if (text := _text_of(value))] if isinstance(more, list) else []
+    return list(dict.fromkeys(texts))
+
+
+def _special_tokens_of(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """``tokenizer_config.json``, with ``special_tokens_map.json`` going first unless it lists its added tokens."""
+    file = directory / "special_tokens_map.json"
+    if "added_tokens_decoder" in config or not file.is_file():
+        return dict(config)
+    return config | json.loads(file.read_text(encoding="utf-8"))
+
+
+def _text_of(value: Any) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
 
 
 def _to_turn(message: Message) -> Turn:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prefix_sharing.datasets.forms.record import RecordError, as_text, kind
-from prefix_sharing.tokenizers import Turn
+from prefix_sharing.tokenizers import REASONING_KEYS, Turn
 
 _ROLES = {
     "system": "system",
@@ -19,10 +19,12 @@ _ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "ipython": "tool",
     "function": "tool",
     "observation": "tool",
+    "tool_response": "tool",
 }
 
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -62,7 +64,10 @@ def _parse_message(message: Any, where: str) -> Turn:
         raise RecordError(f"{where}.{role_key}", f"is {shown}; choose from {', '.join(_ROLES)}")
     others = {name: value for name, value in message.items() if name not in (role_key, content_key)}
     others = {name: value for name, value in others.items() if value is not None}
-    if role == "function_call":
+    for name in REASONING_KEYS:
+        if name in others:
+            as_text(others[name], f"{where}.{name}")
+    if role in ("function_call", "tool_call"):
         others["tool_calls"], content = _parse_calls(content, f"{where}.{content_key}"), None
     elif "function_call" in others:  # OpenAI's first form of a call
         others["tool_calls"] = _parse_calls(others.pop("function_call"), f"{where}.function_call")

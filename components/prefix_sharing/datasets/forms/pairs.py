@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from prefix_sharing.datasets.forms.comparison import Comparison, compare
+from prefix_sharing.datasets.forms.comparison import Comparison, compare, read_answer
 from prefix_sharing.datasets.forms.messages import parse_messages, parse_transcript
-from prefix_sharing.datasets.forms.prompt import prompt_of, with_system
+from prefix_sharing.datasets.forms.prompt import SOURCES, prompt_of, with_system
 from prefix_sharing.datasets.forms.record import Record, RecordError, kind
 
 
@@ -12,7 +12,10 @@ def read_pair(record: Record) -> Comparison:
     """``chosen`` and ``rejected``: text, a message, or messages, which may begin with the prompt or its end."""
     answers = [record.get("chosen"), record.get("rejected")]
     keys = [record.key("chosen"), record.key("rejected")]
-    return compare(record, prompt_of(record), answers, keys)
+    prompt = prompt_of(record)
+    if prompt and any([prompt[-1]] == read_answer(answer, key) for answer, key in zip(answers, keys, strict=True)):
+        prompt = prompt[:-1]  # it holds the answer as well
+    return compare(record, prompt, answers, keys)
 
 
 def read_transcripts(record: Record) -> Comparison:
@@ -25,6 +28,8 @@ def read_transcripts(record: Record) -> Comparison:
 
 def read_shared_beginning(record: Record) -> Comparison:
     """``chosen`` and ``rejected`` as text without a prompt, which is what the two begin with, as TRL has it."""
+    if any(name in record for name in SOURCES):
+        return read_pair(record)
     chosen, rejected = record.text("chosen"), record.text("rejected")
     shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     if shared is None:  # one is the beginning of the other
@@ -60,8 +65,8 @@ def read_rejected_response(record: Record) -> Comparison:
         if turns[-1]["role"] != "assistant":
             raise RecordError(key, "must end with the assistant's turn, which is the chosen answer")
         start = len(turns) - 1
-        while turns[start - 1]["role"] in ("assistant", "tool") and start > 1:
-            start -= 1  # an answer may be a call, its result and what follows from it
+        while turns[start - 1]["role"] == "assistant" and start > 1:
+            start -= 1
         prompt, chosen = with_system(record, turns[:start]), turns[start:]
     return compare(record, prompt, [chosen, rejected], [key, record.key(rejected_name)])
 

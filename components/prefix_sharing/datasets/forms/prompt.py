@@ -23,7 +23,8 @@ def prompt_of(record: Record) -> list[Turn]:
     Raises:
         RecordError: if they are malformed, or a system prompt is given twice.
     """
-    name = next((name for name in SOURCES if name in record), None)
+    there = [name for name in SOURCES if name in record]
+    name = next((name for name in there if record.peek(name) not in ("", [])), there[0] if there else None)
     if name == "instruction" and record.get("input"):
         question = "\n".join(filter(None, (record.text("instruction"), record.text("input"))))
         turns = parse_prompt(question, record.key(name))
@@ -59,7 +60,7 @@ def parse_prompt(prompt: Any, key: str) -> list[Turn]:
 def _history_of(record: Record) -> list[Turn]:
     """Alpaca's earlier rounds, ``[[question, answer], ...]``."""
     history, key = record.get("history"), record.key("history")
-    if history is None:
+    if history in (None, "", []):
         return []
     if not isinstance(history, list):
         raise RecordError(key, f"must be a list of pairs, question and answer, but is {kind(history)}")
@@ -85,8 +86,8 @@ def with_system(record: Record, turns: list[Turn]) -> list[Turn]:
     Raises:
         RecordError: if the turns have another one.
     """
-    name = "system" if "system" in record else "system_prompt"
-    if not record.get(name):
+    name = next((name for name in ("system", "system_prompt") if record.get(name)), None)
+    if name is None:
         return turns
     system: Turn = {"role": "system", "content": record.text(name)}
     if not turns or turns[0]["role"] != "system":

@@ -60,11 +60,11 @@ class Record:
         return self._columns.get(name) or name
 
     def __contains__(self, name: str) -> bool:
-        return self._peek(name) is not None
+        return self.peek(name) is not None
 
     def get(self, name: str) -> Any:
         """The value under a name, or None; it counts as read."""
-        value = self._peek(name)
+        value = self.peek(name)
         if value is not None:
             self._read.add(self.key(name))
         return value
@@ -84,6 +84,8 @@ class Record:
             RecordError: if it is none of them.
         """
         value = self.get(name)
+        if isinstance(value, str):  # as CSV files hold it
+            value = value.strip().lower().removesuffix(".0")
         if isinstance(value, (list, dict)) or value not in choices:
             expected = " or ".join(str(choice) for choice in list(choices)[:2])  # the rest say the same as text
             raise RecordError(self.key(name), f"must be {expected}, but is {kind(value)}{_shown(value)}")
@@ -103,7 +105,12 @@ class Record:
             if key not in self._read and value not in (None, "", [], {}):
                 yield key
 
-    def _peek(self, name: str) -> Any:
+    def is_mapped(self, name: str) -> bool:
+        """Whether the user has said which column a name stands for."""
+        return name in self._columns
+
+    def peek(self, name: str) -> Any:
+        """The value under a name, or None, without counting as read."""
         if name in self._columns:
             key = self._columns[name]
             return None if key is None else self._values.get(key)

@@ -5,26 +5,36 @@ from typing import Any
 from prefix_sharing.datasets.forms.comparison import Comparison, compare
 from prefix_sharing.datasets.forms.messages import parse_messages, parse_transcript
 from prefix_sharing.datasets.forms.prompt import prompt_of, with_system
-from prefix_sharing.datasets.forms.record import Record
+from prefix_sharing.datasets.forms.record import Record, RecordError
 
 _VERDICTS: dict[Any, int] = {True: 1, False: 0}  # and the numbers 1 and 0, which equal them
-_VERDICTS |= {"1": 1, "0": 0, "true": 1, "false": 0, "True": 1, "False": 0}  # as CSV files hold them
+_VERDICTS |= {"true": 1, "false": 0, "1": 1, "0": 0}  # as CSV files hold them
+
+_OF_PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages", "label", "kto_tag")
+"""Columns that say which answers are good, which nothing is learned of from a conversation alone."""
 
 
 def read_chat(record: Record) -> Comparison:
     """One conversation, messages or a transcript, for ``NLLLoss``."""
+    if not record.is_mapped("messages"):
+        for name in _OF_PREFERENCES:
+            if name in record and (name not in ("label", "kto_tag") or has_verdict(record)):
+                problem = "is beside messages in this record but not in the first ones"
+                raise RecordError(record.key(name), f"{problem}; column_map: {{{name}: null}} leaves it alone")
     return _conversation(record)
 
 
 def has_verdict(record: Record) -> bool:
     """Whether a record's ``label`` is a verdict, not the class of something."""
-    value = record.get("label" if "label" in record else "kto_tag")
+    value = record.peek("kto_tag" if "kto_tag" in record else "label")
+    if isinstance(value, str):
+        value = value.strip().lower().removesuffix(".0")
     return not isinstance(value, (list, dict)) and value in _VERDICTS
 
 
 def read_unpaired(record: Record) -> Comparison:
     """An answer with a ``label``, or LLaMA-Factory's ``kto_tag``: whether it is desirable."""
-    label = bool(record.choice("label" if "label" in record else "kto_tag", _VERDICTS))
+    label = bool(record.choice("kto_tag" if "kto_tag" in record else "label", _VERDICTS))
     name = next((name for name in ("completion", "output") if name in record), None)
     if name is None:
         return _conversation(record, label)
