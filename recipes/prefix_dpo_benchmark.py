@@ -44,7 +44,8 @@ from prefix_sharing.benchmark.scaling import time_examples, time_rows
 from prefix_sharing.benchmark.workloads import draw_lengths, make_pairs, pairs_in, read_pairs
 from prefix_sharing.config import at_least, instantiate, parse
 from prefix_sharing.errors import ConfigError, UserError
-from prefix_sharing.hosts import TreeModel, checkpoint_activations, compile_layers, to_tree_model
+from prefix_sharing.hosts import TreeModel, checkpoint_activations, compile_layers
+from prefix_sharing.hosts.torchtune import to_tree_model
 from prefix_sharing.hosts.torchtune.paired import PairedModel
 from prefix_sharing.memory import memory_by_part, peak_memory
 from prefix_sharing.reports import benchmark_plots as plots

@@ -77,7 +77,7 @@ class ChainsMask(TreeMask):
             else:
                 attended = _softcapped_attention(query, key, value, mask, scale, softcap)
             outputs.append(attended)
-        return torch.cat([*outputs, torch.zeros_like(padding)], dim=2)
+        return torch.cat([*outputs, padding.new_zeros(*padding.shape[:3], v.shape[3])], dim=2)
 
 
 def _join(pieces: tuple[torch.Tensor, ...], indices: list[int]) -> torch.Tensor:

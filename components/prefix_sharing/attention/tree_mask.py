@@ -35,10 +35,11 @@ class TreeMask(ABC):
         Args:
             q (torch.Tensor): queries, shape ``[1, heads, s, head_dim]``, or ``p`` in place of s.
             k (torch.Tensor): keys, shape ``[1, kv_heads, s, head_dim]``.
-            v (torch.Tensor): values, shape ``[1, kv_heads, s, head_dim]``.
+            v (torch.Tensor): values, shape ``[1, kv_heads, s, head_dim]``, or another size in place of ``head_dim``.
             scale (float | None): what scores are multiplied with. Default: None, ``head_dim ** -0.5``.
             softcap (float | None): bounds scores to ``softcap * tanh(score / softcap)``, as in Gemma 2. Default: None.
 
         Returns:
-            torch.Tensor: the shape of ``q``; what it holds at padding means nothing, but is finite.
+            torch.Tensor: the shape of ``q`` with the last dimension of ``v``; what it holds at padding means nothing,
+            but is finite.
         """

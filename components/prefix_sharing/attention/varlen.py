@@ -82,4 +82,4 @@ class VarlenMask(TreeMask):
             enable_gqa=True,
         )
         assert isinstance(output, torch.Tensor)  # not with its logsumexp
-        return torch.cat([output, torch.zeros_like(padding)]).transpose(0, 1)[None]
+        return torch.cat([output, padding.new_zeros(*padding.shape[:2], v.shape[2])]).transpose(0, 1)[None]

@@ -75,13 +75,17 @@ class TrainingConfig:
     output_dir: str = MISSING
     """Directory of the run; ``checkpointer.output_dir`` and ``metric_logger.log_dir`` usually point to it."""
 
+    path: str | None = None
+    """Directory of a model of transformers, for other keys to refer to as ``${path}``."""
+
     # Components
     model: Any = MISSING
-    """Builds the model: one of torchtune's builders."""
+    """Builds the model: one of torchtune's builders, or ``prefix_sharing.hosts.transformers.causal_lm``."""
     tokenizer: Any = MISSING
     """Builds the tokenizer: one of torchtune's, or ``prefix_sharing.tokenizers.hf_chat_tokenizer``."""
     checkpointer: Any = MISSING
-    """Reads the initial policy and writes checkpoints: one of torchtune's checkpointers."""
+    """Reads the initial policy and writes checkpoints: one of torchtune's checkpointers, or
+    ``prefix_sharing.hosts.transformers.checkpointer``."""
     dataset: Any = MISSING
     """Builds the training data set; gets the tokenizer as its first argument. ``dataset.packed: True`` is accepted for
     ``packing: step``."""

@@ -4,13 +4,13 @@ A host turns a model into a ``TreeModel``, which takes a Row and returns the log
 writes its weights.
 """
 
+from prefix_sharing.hosts.choice import to_tree_model
 from prefix_sharing.hosts.layers import checkpoint_activations, compile_layers
 from prefix_sharing.hosts.torchtune import (
     load_checkpoint,
     load_trained_checkpoint,
     missing_window,
     save_checkpoint,
-    to_tree_model,
 )
 from prefix_sharing.hosts.tree_model import TreeModel
 

@@ -1,0 +1,140 @@
+"""A directory of a transformers model trains by its path alone, and is written as transformers and others read it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+transformers = pytest.importorskip("transformers", minversion="5.24")
+
+from directories import make_directory  # noqa: E402
+from prefix_sharing.config import find_config  # noqa: E402
+from prefix_sharing.errors import UserError  # noqa: E402
+from prefix_sharing.hosts.transformers import causal_lm  # noqa: E402
+from runs import (  # noqa: E402
+    MODEL,
+    SHORT,
+    evaluated_log_probs,
+    losses,
+    run_distributed,
+    run_in_process,
+    transformers_log_probs,
+)
+
+
+def keys_for(path, output_dir, **kwargs):
+    host = "prefix_sharing.hosts.transformers"
+    keys = {"model": {"_component_": f"{host}.causal_lm", "path": path}}
+    keys["tokenizer"] = {"_component_": "prefix_sharing.tokenizers.hf_chat_tokenizer", "path": path}
+    keys["checkpointer"] = {"_component_": f"{host}.checkpointer", "path": path, "output_dir": str(output_dir)}
+    keys |= {"optimizer.lr": 2e-3, "lr_scheduler": None, "max_steps_per_epoch": 10}
+    keys |= {"packing": "step", "global_batch_size": 4, "pack_len": 1024, "batch_size": None}
+    return keys | {"gradient_accumulation_steps": None} | kwargs
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("qwen3", {}), ("qwen3", {"tie_word_embeddings": True}), ("gemma2", {"sliding_window": 64}), ("qwen3_moe", {})],
+    ids=["qwen3", "tied", "gemma2", "moe"],
+)
+def test_what_is_written_is_what_was_trained(tmp_path, name, kwargs):
+    more = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32} if name == "qwen3_moe" else {}
+    path = make_directory(tmp_path / "model", name, dtype=torch.bfloat16, **kwargs, **more)
+    run = run_in_process(tmp_path / "out", **keys_for(path, tmp_path / "out"))
+    found = losses(tmp_path / "out")
+    assert len(found) == 10
+    assert found[0] == pytest.approx(0.693147, abs=1e-5)
+    saved = tmp_path / "out" / "epoch_0"
+    again = transformers.AutoModelForCausalLM.from_pretrained(saved)
+    assert again.dtype == torch.float32
+    expected = evaluated_log_probs(tmp_path / "out")
+    assert transformers_log_probs(again, run.dataset_val) == pytest.approx(expected, rel=1e-5, abs=1e-4)
+    base = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert transformers_log_probs(base, run.dataset_val) != pytest.approx(expected, rel=1e-3)
+    assert json.loads((saved / "config.json").read_text())["dtype"] == "float32"
+    assert (saved / "chat_template.jinja").read_text() == (Path(path) / "chat_template.jinja").read_text()
+    # a second run of ours takes it as it is
+    run_in_process(tmp_path / "second", **keys_for(str(saved), tmp_path / "second", max_steps_per_epoch=1))
+    assert losses(tmp_path / "second")[0] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_both_hosts_follow_the_same_curve(tmp_path):
+    path = tmp_path / "model"
+    rope = {"rope_theta": 500_000.0, "rms_norm_eps": 1e-5}
+    dims = {"hidden_size": 128, "intermediate_size": 352, "head_dim": 32}
+    make_directory(path, "llama", **rope, **dims)
+    keys = keys_for(str(path), tmp_path / "ours")
+    run_in_process(tmp_path / "ours", **keys)
+    keys["checkpointer"] = {
+        "_component_": "torchtune.training.FullModelHFCheckpointer",
+        "checkpoint_dir": str(path),
+        "checkpoint_files": ["model.safetensors"],
+        "model_type": "LLAMA3",
+        "output_dir": str(tmp_path / "theirs"),
+    }
+    keys["model"] = {**MODEL, "_component_": "torchtune.models.llama3.llama3"}
+    run_in_process(tmp_path / "theirs", **keys)
+    assert losses(tmp_path / "ours") == pytest.approx(losses(tmp_path / "theirs"), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"enable_activation_checkpointing": True}, {"pack_len": None, "packing": "none"}], ids=str
+)
+def test_checkpointing_and_packing_change_nothing(tmp_path, keys):
+    path = make_directory(tmp_path / "model")
+    if keys.get("packing") == "none":
+        keys = {**keys, "batch_size": 1}
+    run_in_process(tmp_path / "one", **keys_for(path, tmp_path / "one"))
+    run_in_process(tmp_path / "other", **keys_for(path, tmp_path / "other", **keys))
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_a_run_resumes_after_an_epoch(tmp_path):
+    path = make_directory(tmp_path / "model")
+    keys = {"epochs": 2, "max_steps_per_epoch": 3, "seed": 1}
+    run_in_process(tmp_path / "whole", **keys_for(path, tmp_path / "whole", **keys))
+    parts = tmp_path / "parts"
+    run_in_process(parts, **keys_for(path, parts, **keys))
+    shutil.rmtree(parts / "epoch_1")
+    run_in_process(parts, **keys_for(path, parts, **keys, resume_from_checkpoint=True))
+    assert losses(parts)[-3:] == pytest.approx(losses(tmp_path / "whole")[-3:], rel=1e-5)
+
+
+@pytest.mark.parametrize("save_dtype", ["bf16", "fp32"])
+def test_weights_are_written_in_the_dtype_that_is_asked_for(tmp_path, save_dtype):
+    path = make_directory(tmp_path / "model")
+    keys = keys_for(path, tmp_path / "out", max_steps_per_epoch=1)
+    keys["checkpointer"]["save_dtype"] = save_dtype
+    run_in_process(tmp_path / "out", **keys)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "epoch_0")
+    assert again.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[save_dtype]
+
+
+def test_what_is_no_model_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="has no config.json; it must be a directory of a model"):
+        causal_lm(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is no model of transformers"):
+        causal_lm(str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_two_processes_follow_one(tmp_path, tied):
+    path = make_directory(tmp_path / "model", tie_word_embeddings=tied)
+    run_in_process(tmp_path / "alone", **SHORT | keys_for(path, tmp_path / "alone"))
+    cfg = OmegaConf.load(find_config("quickstart/distributed"))
+    for key, value in (SHORT | keys_for(path, "out")).items():
+        OmegaConf.update(cfg, key, value, merge=False)
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    together = run_distributed(tmp_path / "together", 2, config=str(tmp_path / "config.yaml"))
+    assert losses(together) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    weights = [
+        transformers.AutoModelForCausalLM.from_pretrained(run / "epoch_0").state_dict()
+        for run in (together, tmp_path / "alone")
+    ]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-4)
