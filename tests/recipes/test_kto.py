@@ -139,4 +139,4 @@ def test_two_processes_follow_one(tmp_path, answers):
         OmegaConf.save(cfg, tmp_path / f"{name}.yaml")
         together = run_distributed(tmp_path / f"together_{name}", 2, config=str(tmp_path / f"{name}.yaml"))
         assert len(losses(together)) == 10
-        assert losses(together) == pytest.approx(losses(tmp_path / f"alone_{name}"), rel=1e-4)
+        assert losses(together) == pytest.approx(losses(tmp_path / f"alone_{name}"), rel=1e-5)
