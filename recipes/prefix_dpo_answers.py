@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from prefix_sharing.config import DistributedConfig, at_least, instantiate, parse
 from prefix_sharing.errors import ConfigError
-from prefix_sharing.hosts import load_checkpoint, load_trained_checkpoint
-from prefix_sharing.hosts.torchtune import AnswerModel
+from prefix_sharing.hosts import build_answer_model, load_checkpoint, load_trained_checkpoint
 from prefix_sharing.run import build_loss, build_model, set_up_device, set_up_logging
 from prefix_sharing.run.data import build_dataset
 from prefix_sharing.run.optimization import choose_seed
@@ -58,7 +57,7 @@ class PrefixDPOAnswers:
             raise ConfigError("dataset_val", "required: its prompts are the ones that are answered")
         self.cfg = cfg
         self.tokenizer = instantiate("tokenizer", cfg.tokenizer)
-        self.model = AnswerModel(cfg.model, device, compute_dtype(cfg))
+        self.model = build_answer_model(cfg.model, device, compute_dtype(cfg))
         self.seed = choose_seed(cfg.seed)
         self.dataset = build_dataset("dataset_val", cfg, self.tokenizer, build_model(cfg, device), build_loss(cfg))
 

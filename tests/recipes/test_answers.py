@@ -9,7 +9,7 @@ import torch
 from plain import response
 from prefix_dpo_answers import AnswersConfig, PrefixDPOAnswers, header_length, split_at_answer
 from prefix_sharing.errors import ConfigError
-from prefix_sharing.hosts.torchtune import AnswerModel
+from prefix_sharing.hosts import build_answer_model
 from prefix_sharing.quickstart import tokenizer
 from runs import lora, make_config, make_recipe, run_in_process, tune_run
 
@@ -33,7 +33,7 @@ def test_answers_are_the_likeliest_tokens_of_each_model(tmp_path, overrides):
     assert all(prompt.rstrip().endswith("assistant") for prompt in answers["prompt"])
 
     # One token after the other without a cache, from the weights that training ended with.
-    plain = AnswerModel(recipe.cfg.model, torch.device("cpu"), torch.float32).model
+    plain = build_answer_model(recipe.cfg.model, torch.device("cpu"), torch.float32).model
     plain.load_state_dict(trained.model.state_dict())
     tokens = list(split_at_answer(trained.dataset_val[0][0])[0])
     start = len(tokens)

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
 from directories import make_directory  # noqa: E402
+from prefix_dpo_answers import AnswersConfig, PrefixDPOAnswers, split_at_answer  # noqa: E402
 from prefix_sharing.config import find_config  # noqa: E402
 from prefix_sharing.errors import UserError  # noqa: E402
 from prefix_sharing.hosts.transformers import causal_lm  # noqa: E402
@@ -19,6 +20,7 @@ from runs import (  # noqa: E402
     SHORT,
     evaluated_log_probs,
     losses,
+    make_config,
     run_distributed,
     run_in_process,
     transformers_log_probs,
@@ -111,6 +113,21 @@ def test_weights_are_written_in_the_dtype_that_is_asked_for(tmp_path, save_dtype
     run_in_process(tmp_path / "out", **keys)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "epoch_0")
     assert again.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[save_dtype]
+
+
+def test_answers_are_those_of_transformers(tmp_path):
+    path = make_directory(tmp_path / "model", tie_word_embeddings=True)
+    keys = keys_for(path, tmp_path / "out", max_steps_per_epoch=2)
+    run_in_process(tmp_path / "out", **keys)
+    cfg = make_config(tmp_path / "out", config_class=AnswersConfig, num_prompts=2, max_new_tokens=5, **keys)
+    answers = PrefixDPOAnswers(cfg, torch.device("cpu"))
+    answers.run()
+    written = (tmp_path / "out" / "answers.md").read_text()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "epoch_0")
+    for i in range(2):
+        prompt = torch.from_numpy(split_at_answer(answers.dataset[i][0])[0])[None]
+        found = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False)
+        assert answers.tokenizer.decode(found[0, prompt.shape[1] :].tolist()).strip() in written
 
 
 def test_what_is_no_model_is_one_sentence(tmp_path):

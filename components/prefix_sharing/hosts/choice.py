@@ -3,11 +3,35 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
+from omegaconf import DictConfig
 from torch import nn
+from torchtune.training import set_default_dtype
 
 from prefix_sharing.attention import AttentionBackend
+from prefix_sharing.config import instantiate
 from prefix_sharing.hosts import torchtune
 from prefix_sharing.hosts.tree_model import TreeModel
+
+
+def build_answer_model(node: DictConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    """Builds the model of a config for generation, without weights.
+
+    Args:
+        node (DictConfig): the config's ``model``.
+        device (torch.device): where it runs.
+        dtype (torch.dtype): what it computes in.
+
+    Returns:
+        Any: the host's ``AnswerModel``, with ``load_weights`` and ``answers``.
+    """
+    with torch.device("meta"), set_default_dtype(dtype):
+        model = instantiate("model", node)
+    if _is_of_transformers(model):
+        from prefix_sharing.hosts import transformers
+
+        return transformers.AnswerModel(model, device, dtype)
+    return torchtune.AnswerModel(model, device, dtype)
 
 
 def to_tree_model(
@@ -28,8 +52,12 @@ def to_tree_model(
     Raises:
         ConfigError: if the model has parts whose arithmetic tree attention does not cover.
     """
-    if type(model).__module__.partition(".")[0] == "transformers":
+    if _is_of_transformers(model):
         from prefix_sharing.hosts import transformers  # the library takes seconds to import
 
         return transformers.to_tree_model(cast(Any, model), attention_backend, kernel_options)
     return torchtune.to_tree_model(model, attention_backend, kernel_options)
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    return type(model).__module__.partition(".")[0] == "transformers"

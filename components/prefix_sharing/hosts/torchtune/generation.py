@@ -4,12 +4,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from torchtune.generation import generate
-from torchtune.training import set_default_dtype
+from torchtune.modules import TransformerDecoder
 
 from prefix_sharing.checkpoint import Checkpoint
-from prefix_sharing.config import instantiate
 from prefix_sharing.hosts.torchtune.dora import leave_biases_alone
 from prefix_sharing.hosts.torchtune.model import materialize
 from prefix_sharing.hosts.torchtune.weights import load_weights
@@ -19,7 +17,7 @@ class AnswerModel:
     """A model as torchtune builds it, on one device.
 
     Args:
-        node (DictConfig): the config's ``model``.
+        model (TransformerDecoder): without weights, on the meta device.
         device (torch.device): where it runs.
         dtype (torch.dtype): of its weights.
 
@@ -28,9 +26,8 @@ class AnswerModel:
         max_seq_len (int): maximum number of tokens in prompt and answer.
     """
 
-    def __init__(self, node: DictConfig, device: torch.device, dtype: torch.dtype) -> None:
-        with torch.device("meta"), set_default_dtype(dtype):
-            self.model = instantiate("model", node)
+    def __init__(self, model: TransformerDecoder, device: torch.device, dtype: torch.dtype) -> None:
+        self.model = model
         leave_biases_alone(self.model)
         materialize(self.model, device)
         self.model.eval()

@@ -1,10 +1,12 @@
 """Decoders of transformers: tree attention within the model's own code, and directories as transformers saves them."""
 
 from prefix_sharing.hosts.transformers.directory import DirectoryCheckpointer, causal_lm, checkpointer
+from prefix_sharing.hosts.transformers.generation import AnswerModel
 from prefix_sharing.hosts.transformers.model import TreeCausalLM, to_tree_model
 from prefix_sharing.hosts.transformers.self_check import check_arithmetic
 
 __all__ = [
+    "AnswerModel",
     "DirectoryCheckpointer",
     "TreeCausalLM",
     "causal_lm",

@@ -199,29 +199,53 @@ class TreeCausalLM(TreeModel):
 
     @override
     def materialize(self, device: torch.device, parameter_device: torch.device | None = None) -> None:
-        self.to_empty(device=parameter_device or device)
-        self.tie_weights()
-        # What is in no checkpoint, such as the frequencies of rotary embeddings, has to be computed anew.
-        with unset_fake_temporarily(), _only_what_no_checkpoint_holds(self):
-            self.initialize_weights()
-        if parameter_device is not None:
-            for module in self.modules():
-                for name, buffer in module.named_buffers(recurse=False):
-                    setattr(module, name, buffer.to(device))
+        materialize(self, device, parameter_device)
 
     @override
     def load_weights(self, checkpoint: Checkpoint, seed: int) -> None:
-        if is_rank_zero():
-            expected = {name: tensor.shape for name, tensor in self.state_dict().items()}
-            given = {name: tensor.shape for name, tensor in checkpoint.weights.items()}
-            for name in [*expected, *given]:
-                if expected.get(name) != given.get(name):
-                    problem = (
-                        f"the checkpoint does not fit the model: {name} is {given.get(name, 'missing')} in the "
-                        f"checkpoint, but {expected.get(name, 'missing')} in the model; check path and checkpoint_dir"
-                    )
-                    raise ConfigError("checkpointer", problem)
-        set_full_weights(self, dict(checkpoint.weights))  # a copy, which distributing tensors changes
+        load_weights(self, checkpoint)
+
+
+def materialize(model: Any, device: torch.device, parameter_device: torch.device | None = None) -> None:
+    """See ``TreeModel.materialize``; of transformers' own model as well.
+
+    Args:
+        model (Any): on the meta device, sharded or not.
+        device (torch.device): where it runs.
+        parameter_device (torch.device | None): where its parameters are kept. Default: None, on ``device``.
+    """
+    model.to_empty(device=parameter_device or device)
+    model.tie_weights()
+    # What is in no checkpoint, such as the frequencies of rotary embeddings, has to be computed anew.
+    with unset_fake_temporarily(), _only_what_no_checkpoint_holds(model):
+        model.initialize_weights()
+    if parameter_device is not None:
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+
+
+def load_weights(model: Any, checkpoint: Checkpoint) -> None:
+    """See ``TreeModel.load_weights``; into transformers' own model as well.
+
+    Args:
+        model (Any): the model.
+        checkpoint (Checkpoint): the checkpoint.
+
+    Raises:
+        ConfigError: if a tensor is missing, left over, or of another shape.
+    """
+    if is_rank_zero():
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        given = {name: tensor.shape for name, tensor in checkpoint.weights.items()}
+        for name in [*expected, *given]:
+            if expected.get(name) != given.get(name):
+                problem = (
+                    f"the checkpoint does not fit the model: {name} is {given.get(name, 'missing')} in the "
+                    f"checkpoint, but {expected.get(name, 'missing')} in the model; check path and checkpoint_dir"
+                )
+                raise ConfigError("checkpointer", problem)
+    set_full_weights(model, dict(checkpoint.weights))  # a copy, which distributing tensors changes
 
 
 def to_tree_model(
