@@ -38,16 +38,15 @@ class RowMasks:
     """
 
     def __init__(self, row: Row, mask_of: Callable[..., TreeMask]) -> None:
-        self.row = row
+        self._row = row
         self._mask_of = mask_of
-        self._masks: dict[tuple[int | None, bool], TreeMask] = {}
+        self._masks: dict[int | None, TreeMask] = {}
 
-    def __call__(self, window: int | None, *, at_predictors: bool = False) -> TreeMask:
+    def __call__(self, window: int | None) -> TreeMask:
         """The mask for layers with a window of that many positions, or without one."""
-        key = (window, at_predictors)
-        if key not in self._masks:
-            self._masks[key] = self._mask_of(self.row, window=window, at_predictors=at_predictors)
-        return self._masks[key]
+        if window not in self._masks:
+            self._masks[window] = self._mask_of(self._row, window=window)
+        return self._masks[window]
 
 
 @torch.compiler.disable(recursive=False)
@@ -90,7 +89,10 @@ class _DecoderOrHidden:
 
 
 class _MLPAtPredictors:
-    """The MLP of the last layer, computed only for tokens whose hidden state is read: nothing attends to the others."""
+    """The MLP of the last layer, computed only for tokens whose hidden state is read: nothing attends to the others.
+
+    Queries and attention of that layer are computed for all tokens: leaving them out would take a copy of its code.
+    """
 
     predictor_index: torch.Tensor | None = None
 
