@@ -105,7 +105,8 @@ def _leave_to_the_command_line(cfg: DictConfig) -> list[str]:
     """Makes null of each component's argument that is ``???``; returns which they were."""
     keys: Any = OmegaConf.to_container(cfg)
     nodes = {key: node for key, node in keys.items() if isinstance(node, dict)}
-    found = [f"{key}.{argument}" for key, node in nodes.items() for argument in node if node[argument] == "???"]
+    found = [key for key, value in keys.items() if value == "???"]
+    found += [f"{key}.{argument}" for key, node in nodes.items() for argument in node if node[argument] == "???"]
     for key in found:
         OmegaConf.update(cfg, key, None)
     return found

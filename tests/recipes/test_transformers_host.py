@@ -133,6 +133,8 @@ def test_answers_are_those_of_transformers(tmp_path):
 def test_what_is_no_model_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="has no config.json; it must be a directory of a model"):
         causal_lm(str(tmp_path))
+    with pytest.raises(UserError, match="nowhere not found; it must be a directory of a model, or a name on the hub"):
+        causal_lm(str(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="is no model of transformers"):
         causal_lm(str(tmp_path))

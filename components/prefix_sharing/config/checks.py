@@ -44,6 +44,9 @@ def check_config(cfg: DictConfig, config_class: type) -> DictConfig:
         if OmegaConf.is_dict(cfg.get(key)) and cfg[key].get("_component_", key) is None:
             cfg[key] = None
     values = dict(cfg.items_ex(resolve=False))
+    for key in map(str, cfg):
+        if OmegaConf.is_missing(cfg, key):  # also where there is a default, which is not what the config means
+            raise ConfigError(key, "required, but not set")
     for key in OmegaConf.missing_keys(OmegaConf.structured(config_class)):
         if values.get(key, key) is None:  # null sets a required key as little as leaving it out does
             del cfg[key]

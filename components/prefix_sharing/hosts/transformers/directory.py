@@ -52,6 +52,8 @@ def causal_lm(path: str, self_check: bool = True) -> PreTrainedModel:
 
 
 def _read_config(path: str) -> Any:
+    if not Path(path).is_dir() and path.startswith(("/", ".", "~")):
+        raise UserError(f"{path} not found; it must be a directory of a model, or a name on the hub.")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise UserError(f"{path} has no config.json; it must be a directory of a model as transformers saves it.")
     try:
