@@ -12,6 +12,7 @@ what it would have computed itself. Without a Row (generation, a plain evaluatio
 """
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,12 +33,31 @@ try:
     from prefix_sharing.hosts.transformers import check_arithmetic
     from prefix_sharing.hosts.transformers.model import ATTENTION, RowMasks, refuse_unsupported
 except ImportError as error:
-    problem = "PrefixSharingDPOTrainer needs TRL 1.16 and transformers 5.24: pip install 'torchtune-prefix-sharing[trl]'."
+    problem = (
+        "PrefixSharingDPOTrainer needs TRL 1.16 and transformers 5.24: pip install 'torchtune-prefix-sharing[trl]'."
+    )
     raise ImportError(problem) from error
 
 if trl.__version__.split(".")[:2] != ["1", "16"]:
     problem = f"PrefixSharingDPOTrainer is made for TRL 1.16, not {trl.__version__}: pip install 'trl>=1.16,<1.17'."
     raise ImportError(problem)
+
+
+def _have_peft_overlook_torchao() -> None:
+    """PEFT makes no adapter beside a torchao older than 0.16, which torchtune needs, and the adapter does not."""
+    try:
+        from peft.import_utils import is_torchao_available
+    except ImportError:
+        return
+    try:
+        is_torchao_available()
+    except ImportError:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("peft.") and hasattr(module, "is_torchao_available"):
+                vars(module)["is_torchao_available"] = lambda: False
+
+
+_have_peft_overlook_torchao()
 
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 """What TRL's head returns for every scored token."""
@@ -50,10 +70,11 @@ class PrefixSharingDPOTrainer(DPOTrainer):
         UserError: if the model, or an option, is one that prefix sharing does not support.
     """
 
-    @functools.wraps(DPOTrainer.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._share_prefixes()
+
+    functools.update_wrapper(__init__, DPOTrainer.__init__)  # whose arguments are the ones to show
 
     @override
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
@@ -74,11 +95,12 @@ class PrefixSharingDPOTrainer(DPOTrainer):
     def _refuse_unsupported(self) -> None:
         parallelism = self.args.parallelism_config
         adapter = getattr(self.model, "active_peft_config", None)
+        batches: Any = self.args.accelerator_config
         refused = {
             "data with images": self._is_vision_dataset or self._is_vlm,
             "use_liger_kernel": self.args.use_liger_kernel,
             "torch_compile": self.args.torch_compile,
-            "dispatch_batches": self.args.accelerator_config.dispatch_batches,
+            "dispatch_batches": batches.dispatch_batches,
             "prompt learning (an adapter of virtual tokens)": getattr(adapter, "is_prompt_learning", False),
             "context or sequence parallelism": parallelism is not None
             and (parallelism.cp_size > 1 or parallelism.sp_size > 1),
@@ -110,7 +132,7 @@ class _RowCollator:
         return {**batch, "row": Row.from_examples(pairs, options=self._options)}
 
 
-def _without_adapter(model: nn.Module) -> PreTrainedModel:
+def _without_adapter(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
