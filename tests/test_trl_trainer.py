@@ -2,8 +2,10 @@
 
 import hashlib
 import inspect
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,3 +269,31 @@ def test_another_version_of_trl_is_refused():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0
     assert "is made for TRL 1.16, not 1.17.0" in done.stderr
+
+
+SCRIPT = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+sys.path[:0] = {paths!r}
+import test_trl_trainer as tests
+trainer = tests.trained(getattr(tests, sys.argv[1]), {directory!r}, tests.Path({output!r}), max_steps=5)
+if trainer.is_world_process_zero():
+    tests.Path(sys.argv[2]).write_text(json.dumps(trainer.state.log_history))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_trls(directory, tmp_path):
+    script = tmp_path / "script.py"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent / "support")]
+    script.write_text(SCRIPT.format(paths=paths, directory=directory, output=str(tmp_path)))
+    logs = []
+    for each in BOTH:
+        log = tmp_path / f"{each.__name__}.json"
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+        done = subprocess.run([sys.executable, *launch, script, each.__name__, log], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        logs.append(json.loads(log.read_text()))
+    assert logs[1][0]["num_tokens"] > 800  # of both processes
+    assert largest_difference(*logs) < TOLERANCE
