@@ -26,7 +26,8 @@ from prefix_sharing.scoring import ResponseLogProbs, response_log_probs
 from prefix_sharing.torch_private import unset_fake_temporarily
 from prefix_sharing.trees import Row, TreeSizes
 
-_ATTENTION = "prefix_tree"
+ATTENTION = "prefix_tree"
+"""The name under which transformers knows tree attention."""
 
 
 class RowMasks:
@@ -71,12 +72,16 @@ def _attend(
     if s_aux is not None or dropout > 0:
         what = "attention sinks" if s_aux is not None else "dropout of attention"
         raise UserError(f"{type(module).__name__} has {what}, which prefix sharing does not support.")
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings leave queries and keys in fp32, and FlexAttention is no operator that autocast knows.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     output = row_masks(sliding_window).attend(query, key, value, scale=scaling, softcap=softcap)
     return output.transpose(1, 2), None
 
 
-AttentionInterface.register(_ATTENTION, _attend)
-AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)  # the masks are in row_masks
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)  # the masks are in row_masks
 
 
 class _DecoderOrHidden:
@@ -268,11 +273,11 @@ def to_tree_model(
     Raises:
         ConfigError: if the model has parts whose arithmetic tree attention does not cover.
     """
-    _refuse_unsupported(model)
+    refuse_unsupported(model)
     softcap = getattr(model.config, "attn_logit_softcapping", None)
     if attention_backend == "varlen" and softcap is not None:
         raise ConfigError("attention_backend", "varlen cannot cap attention scores as this model does; use flex")
-    model.set_attn_implementation(_ATTENTION)
+    model.set_attn_implementation(ATTENTION)
     model.config.use_cache = False
     decoder = model.get_decoder()
     decoder.__class__ = _mixed_with(_DecoderOrHidden, type(decoder))
@@ -333,7 +338,8 @@ _REFUSED = {
 """Types of models whose arithmetic a tree does not cover, with what they have."""
 
 
-def _refuse_unsupported(model: PreTrainedModel) -> None:
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Raises a ``ConfigError`` if the model has parts whose arithmetic a tree does not cover, as far as is known."""
     kind = model.config.model_type
     if kind in _REFUSED and not (kind == "falcon" and not model.config.alibi):
         raise ConfigError("model", f"{kind} models have {_REFUSED[kind]}, which prefix sharing does not support")

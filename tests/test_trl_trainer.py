@@ -1,0 +1,299 @@
+"""TRL's DPOTrainer with shared prefixes against TRL's own: the same script, the same numbers."""
+
+import hashlib
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed: pip install '.[trl]'")
+transformers = pytest.importorskip("transformers", minversion="5.24")
+
+from datasets import Dataset  # noqa: E402
+from trl import DPOConfig, DPOTrainer  # noqa: E402
+from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
+from trl.trainer.utils import add_fused_lm_head  # noqa: E402
+
+from directories import make_directory  # noqa: E402
+from prefix_sharing import trl as ours  # noqa: E402
+from prefix_sharing.errors import UserError  # noqa: E402
+from prefix_sharing.quickstart.pairs import generate_pairs  # noqa: E402
+from prefix_sharing.trl import PrefixSharingDPOTrainer  # noqa: E402
+
+TOLERANCE = 1e-4
+SPEED = ("runtime", "per_second", "total_flos")
+BOTH = (DPOTrainer, PrefixSharingDPOTrainer)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return make_directory(tmp_path_factory.mktemp("model"))
+
+
+def records(num_pairs, conversational=False, seed=0):
+    pairs = list(generate_pairs(num_pairs, seed))
+    if conversational:
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        pairs = [{key: [{"role": roles[key], "content": text}] for key, text in pair.items()} for pair in pairs]
+    return Dataset.from_list(pairs)
+
+
+def build(trainer_class, directory, output_dir, *, data=None, model=None, arguments=None, **options):
+    defaults = {
+        "output_dir": str(output_dir),
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 2,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    return trainer_class(
+        directory if model is None else model,
+        args=DPOConfig(**defaults | options),
+        train_dataset=records(40) if data is None else data,
+        processing_class=transformers.AutoTokenizer.from_pretrained(directory),
+        **arguments or {},
+    )
+
+
+def trained(trainer_class, directory, tmp_path, **kwargs):
+    trainer = build(trainer_class, directory, tmp_path / trainer_class.__name__, **kwargs)
+    trainer.train()
+    return trainer
+
+
+def largest_difference(theirs, ours, names=None):
+    """Of everything that two runs logged, but for how long they took."""
+    assert [set(entry) for entry in ours] == [set(entry) for entry in theirs]
+    return max(
+        abs(expected[name] - found[name])
+        for expected, found in zip(theirs, ours, strict=True)
+        for name in expected
+        if not name.endswith(SPEED) and (names is None or name in names)
+    )
+
+
+def check_same_run(directory, tmp_path, **kwargs):
+    theirs, ours = (trained(each, directory, tmp_path, **kwargs).state.log_history for each in BOTH)
+    assert largest_difference(theirs, ours) < TOLERANCE
+    return theirs, ours
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_twenty_steps_are_trls(directory, tmp_path, conversational):
+    theirs, ours = check_same_run(directory, tmp_path, data=records(60, conversational), max_steps=20)
+    print(f"losses differ by {largest_difference(theirs, ours, ['loss']):.1e}")
+    assert len(ours) == 21
+    assert {"rewards/accuracies", "rewards/margins", "entropy", "logits/chosen", "mean_token_accuracy"} < set(ours[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precompute_ref_log_probs": True},
+        {"precompute_ref_log_probs": True, "loss_type": ["apo_zero"], "ld_alpha": 0.5},
+        {"gradient_checkpointing": False, "gradient_accumulation_steps": 2},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+        {"loss_type": ["ipo"], "ld_alpha": 0.5},
+        {"loss_type": ["aot"], "f_divergence_type": "reverse_kl"},
+        {"loss_type": ["sigmoid_norm"], "use_weighting": True},
+        {"max_length": 100, "truncation_mode": "keep_end"},  # so that the two of a pair begin with different tokens
+        {"max_length": 100, "pad_to_multiple_of": 64},
+        {"sync_ref_model": True, "ref_model_sync_steps": 1},
+        {"dataloader_num_workers": 1},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options_do_what_they_do_in_trl(directory, tmp_path, options):
+    check_same_run(directory, tmp_path, **options)
+
+
+def test_evaluation_is_trls(directory, tmp_path):
+    data = {"eval_dataset": records(7, seed=1)}
+    _, ours = check_same_run(directory, tmp_path, arguments=data, eval_strategy="steps", eval_steps=2)
+    assert any("eval_rewards/margins" in entry for entry in ours)
+
+
+def test_logits_for_compute_metrics_are_the_plain_models(directory, tmp_path):
+    seen = []
+    arguments = {"eval_dataset": records(5, seed=1), "compute_metrics": lambda e: seen.append(e.predictions) or {}}
+    for each in BOTH:
+        build(each, directory, tmp_path, arguments=arguments).evaluate()
+    assert abs(seen[0] - seen[1]).max() < TOLERANCE
+
+
+def test_bf16_stays_close(directory, tmp_path):
+    theirs, ours = (trained(each, directory, tmp_path, bf16=True).state.log_history for each in BOTH)
+    assert largest_difference(theirs, ours, ["loss"]) < 2e-2
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_an_adapter_is_trained_as_in_trl(directory, tmp_path, precompute):
+    peft = pytest.importorskip("peft")
+    arguments = {"peft_config": peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)}
+    runs = [
+        trained(each, directory, tmp_path, arguments=arguments, precompute_ref_log_probs=precompute, max_steps=8)
+        for each in BOTH
+    ]
+    assert largest_difference(*(run.state.log_history for run in runs)) < TOLERANCE
+    for run, each in zip(runs, BOTH, strict=True):
+        run.save_model(str(tmp_path / f"saved_{each.__name__}"))
+    saved = [
+        peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / f"saved_{each.__name__}").state_dict() for each in BOTH
+    ]
+    torch.testing.assert_close(*saved, rtol=1e-3, atol=TOLERANCE)
+
+
+def test_training_of_an_adapter_goes_on_as_in_trl(directory, tmp_path):
+    peft = pytest.importorskip("peft")
+    logs = []
+    for each in BOTH:
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+        logs.append(trained(each, directory, tmp_path, model=model).state.log_history)
+    assert largest_difference(*logs) < TOLERANCE
+
+
+class Generating(transformers.TrainerCallback):
+    """Has the model answer after every step."""
+
+    def __init__(self):
+        self.answers = []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        prompt = torch.arange(20, 40)[None]
+        self.answers.append(model.generate(prompt, max_new_tokens=8, do_sample=False)[0].tolist())
+
+
+def test_the_model_generates_during_training_and_is_saved_as_it_was(directory, tmp_path):
+    callbacks = [Generating(), Generating()]
+    saved = []
+    for each, callback in zip(BOTH, callbacks, strict=True):
+        trainer = trained(each, directory, tmp_path, arguments={"callbacks": [callback]})
+        assert type(trainer.model) is transformers.Qwen3ForCausalLM
+        path = tmp_path / f"saved_{each.__name__}"
+        trainer.save_model(str(path))
+        saved.append(transformers.AutoModelForCausalLM.from_pretrained(path))
+        for key, value in trainer.model.state_dict().items():
+            torch.testing.assert_close(saved[-1].state_dict()[key], value, rtol=0, atol=0)
+    assert callbacks[0].answers == callbacks[1].answers
+    assert saved[0].config.to_dict() | {"_name_or_path": ""} == saved[1].config.to_dict() | {"_name_or_path": ""}
+    torch.testing.assert_close(*(each.state_dict() for each in saved), rtol=1e-3, atol=TOLERANCE)
+
+
+def test_every_prompt_is_read_once(directory, tmp_path):
+    trainer = build(PrefixSharingDPOTrainer, directory, tmp_path)
+    lengths = []
+    trainer.model.model.embed_tokens.register_forward_hook(lambda module, args, output: lengths.append(args[0].shape))
+    trainer.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    padded = batch["input_ids"].numel()
+    assert all(rows == 1 and length < 0.7 * padded for rows, length in lengths)
+
+
+def test_a_second_trainer_goes_on_with_the_model_of_the_first(directory, tmp_path):
+    logs = []
+    for each in BOTH:
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+        trained(each, directory, tmp_path, model=model)
+        logs.append(trained(each, directory, tmp_path, model=model).state.log_history)
+    assert largest_difference(*logs) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [({"use_liger_kernel": True}, "use_liger_kernel"), ({"torch_compile": True}, "torch_compile")],
+)
+def test_what_is_not_supported_is_refused_by_name(directory, tmp_path, options, what, monkeypatch):
+    trainer = build(PrefixSharingDPOTrainer, directory, tmp_path)
+    for name, value in options.items():
+        monkeypatch.setattr(trainer.args, name, value)
+    with pytest.raises(UserError, match=f"does not support {what}; leave it out"):
+        trainer._refuse_unsupported()
+
+
+def test_adapters_of_virtual_tokens_are_refused(directory, tmp_path):
+    peft = pytest.importorskip("peft")
+    arguments = {"peft_config": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)}
+    with pytest.raises(UserError, match="prompt learning"):
+        build(PrefixSharingDPOTrainer, directory, tmp_path, arguments=arguments)
+
+
+def test_images_are_refused(directory, tmp_path):
+    trainer = build(PrefixSharingDPOTrainer, directory, tmp_path)
+    trainer._is_vlm = True
+    with pytest.raises(UserError, match="does not support data with images"):
+        trainer._refuse_unsupported()
+
+
+def test_models_that_trees_do_not_cover_are_refused(directory, tmp_path):
+    path = make_directory(tmp_path / "other", "bloom", n_layer=2, n_head=4, vocab_size=2048)
+    with pytest.raises(UserError, match="cannot train this model: bloom models have ALiBi"):
+        build(PrefixSharingDPOTrainer, path, tmp_path)
+
+
+def test_padding_on_the_left_is_refused():
+    batch = {"attention_mask": torch.tensor([[0, 1], [1, 1]])}
+    with pytest.raises(UserError, match="pad sequences on the right"):
+        ours._RowCollator(lambda examples: batch, ours.RowOptions())([])
+
+
+SEAM = {
+    DPOTrainer.__init__: "632f447c71dcb043",
+    DPOTrainer._precompute_ref_logps: "f2c098c7da6ca701",
+    DPOTrainer.compute_ref_log_probs: "90611af9cbadb8ec",
+    DPOTrainer._compute_loss: "5e58a1699e0d76cd",
+    add_fused_lm_head: "422d009f04b66659",
+    DataCollatorForPreference.torch_call: "0b8bb4c294bf8420",
+}
+
+
+@pytest.mark.parametrize("function", SEAM, ids=lambda function: function.__name__)
+def test_trls_code_around_the_seam_is_the_one_that_was_read(function):
+    found = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+    assert found == SEAM[function], "read what changed; the trainer relies on what this function does"
+
+
+def test_another_version_of_trl_is_refused():
+    code = "import trl; trl.__version__ = '1.17.0'; import prefix_sharing.trl"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "is made for TRL 1.16, not 1.17.0" in done.stderr
+
+
+SCRIPT = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+sys.path[:0] = {paths!r}
+import test_trl_trainer as tests
+trainer = tests.trained(getattr(tests, sys.argv[1]), {directory!r}, tests.Path({output!r}), max_steps=5)
+if trainer.is_world_process_zero():
+    tests.Path(sys.argv[2]).write_text(json.dumps(trainer.state.log_history))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_trls(directory, tmp_path):
+    script = tmp_path / "script.py"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent / "support")]
+    script.write_text(SCRIPT.format(paths=paths, directory=directory, output=str(tmp_path)))
+    logs = []
+    for each in BOTH:
+        log = tmp_path / f"{each.__name__}.json"
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+        done = subprocess.run([sys.executable, *launch, script, each.__name__, log], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        logs.append(json.loads(log.read_text()))
+    assert logs[1][0]["num_tokens"] > 800  # of both processes
+    assert largest_difference(*logs) < TOLERANCE
