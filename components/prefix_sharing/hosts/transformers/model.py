@@ -39,14 +39,14 @@ class RowMasks:
     """
 
     def __init__(self, row: Row, mask_of: Callable[..., TreeMask]) -> None:
-        self._row = row
+        self.row = row
         self._mask_of = mask_of
         self._masks: dict[int | None, TreeMask] = {}
 
     def __call__(self, window: int | None) -> TreeMask:
         """The mask for layers with a window of that many positions, or without one."""
         if window not in self._masks:
-            self._masks[window] = self._mask_of(self._row, window=window)
+            self._masks[window] = self._mask_of(self.row, window=window)
         return self._masks[window]
 
 
