@@ -291,7 +291,7 @@ def test_two_processes_are_trls(directory, tmp_path):
     logs = []
     for each in BOTH:
         log = tmp_path / f"{each.__name__}.json"
-        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         done = subprocess.run([sys.executable, *launch, script, each.__name__, log], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         logs.append(json.loads(log.read_text()))
