@@ -140,7 +140,7 @@ def make_tokenizer(tmp_path):
 
 
 def their_ids(tokenizer, turns, **kwargs):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5.24")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tokenizer.path)
     return theirs.apply_chat_template(turns, tokenize=True, return_dict=True, **kwargs)["input_ids"]
 
@@ -250,7 +250,7 @@ def test_torchtunes_own_tokenizers_refuse_tools():
 @pytest.mark.parametrize("in_config", [False, True])
 @pytest.mark.parametrize("has_decoder", [False, True])
 def test_special_tokens_are_those_of_transformers(make_tokenizer, in_config, has_decoder):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5.24")
     directory = Path(make_tokenizer(HERMES).path)
     config = json.loads((directory / "tokenizer_config.json").read_text())
     del config["eos_token"]
@@ -271,7 +271,7 @@ def test_special_tokens_are_those_of_transformers(make_tokenizer, in_config, has
 
 @pytest.mark.parametrize("name", ["additional_special_tokens", "extra_special_tokens"])
 def test_special_tokens_that_only_config_files_name_are_one_token(make_tokenizer, name):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5.24")
     directory = Path(make_tokenizer(HERMES).path)
     config = json.loads((directory / "tokenizer_config.json").read_text())
     config |= {name: ["<extra>"], "eos_token": "<END>"}

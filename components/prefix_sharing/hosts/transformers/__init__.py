@@ -1,6 +1,18 @@
 """Decoders of transformers: tree attention within the model's own code, and directories as transformers saves them."""
 
-from prefix_sharing.hosts.transformers.directory import DirectoryCheckpointer, causal_lm, checkpointer
+from importlib.util import find_spec
+
+if find_spec("transformers") is None:
+    problem = (
+        "models of transformers need it: pip install 'torchtune-prefix-sharing[transformers]' (Python 3.11 or newer)"
+    )
+    raise ImportError(problem)
+
+from prefix_sharing.hosts.transformers.directory import (
+    DirectoryCheckpointer,
+    causal_lm,
+    checkpointer,
+)
 from prefix_sharing.hosts.transformers.generation import AnswerModel
 from prefix_sharing.hosts.transformers.model import TreeCausalLM, to_tree_model
 from prefix_sharing.hosts.transformers.self_check import check_arithmetic
