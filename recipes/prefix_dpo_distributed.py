@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from prefix_sharing.checkpoint import load_training_state
 from prefix_sharing.config import DistributedConfig, instantiate, parse
-from prefix_sharing.datasets import StepRows
 from prefix_sharing.distributed import (
     device_mesh,
     is_rank_zero,
@@ -49,7 +48,7 @@ from prefix_sharing.run import (
     set_up_logging,
     summarize_run,
 )
-from prefix_sharing.run.kl import estimate_kl, loss_of_row
+from prefix_sharing.run.kl import estimate_kl, kl_of_step, loss_of_row
 from prefix_sharing.run.optimization import FiniteCheck, choose_seed, clip_grad_norm, seed_step
 from prefix_sharing.run.setup import compute_dtype
 from prefix_sharing.scoring import ResponseLogProbs
@@ -141,14 +140,6 @@ class PrefixDPORecipeDistributed:
         """The loss of a Row, not reduced."""
         return loss_of_row(self.loss, row, output, reference, kl)
 
-    @torch.no_grad()
-    def kl_of_step(self, step: StepRows) -> torch.Tensor | None:
-        """How far the policy is from the reference on the step, for losses of several Rows that need to know before."""
-        if not step.kl_rows:
-            return None
-        rows = (row.to(self.device) for row in step.kl_rows)
-        return estimate_kl(((row, self.forward(self.model, row)) for row in rows), self.reference)
-
     def evaluate(self) -> Evaluation | None:
         """Evaluates on ``dataset_val`` over all ranks and logs under ``eval/``."""
         if self.dataset_val is None or self.plan_val is None:
@@ -170,6 +161,7 @@ class PrefixDPORecipeDistributed:
         """The training loop."""
         cfg = self.cfg
         before = after = self.evaluate()
+        forward = functools.partial(self.forward, self.model)
         metrics = StepMetrics(self.device, self.loss.mean_over)
         self.profiler.start()
         for epoch in range(self.epochs_run, cfg.epochs):
@@ -182,7 +174,7 @@ class PrefixDPORecipeDistributed:
             for step in self.step_loader(self.dataset, self.plan.epoch(epoch), kl_apart=self.loss.needs.kl):
                 seed_step(self.seed, self.global_step)
                 finite = FiniteCheck(self.device)
-                kl = self.kl_of_step(step)
+                kl = kl_of_step(step, forward, self.reference, self.device)
                 for i, row in enumerate(step.rows, start=1):
                     # Gradients are added up over ranks in the backward pass of the step's last Row.
                     sync_gradients(self.model, cfg.fsdp_sync_every_row or i == len(step.rows))

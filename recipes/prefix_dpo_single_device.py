@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from prefix_sharing.checkpoint import load_training_state
 from prefix_sharing.config import TrainingConfig, instantiate, parse
-from prefix_sharing.datasets import StepRows
 from prefix_sharing.distributed import this_rank
 from prefix_sharing.hosts import TreeModel, load_checkpoint, save_checkpoint
 from prefix_sharing.losses import LossOutput
@@ -40,7 +39,7 @@ from prefix_sharing.run import (
     set_up_logging,
     summarize_run,
 )
-from prefix_sharing.run.kl import estimate_kl, loss_of_row
+from prefix_sharing.run.kl import estimate_kl, kl_of_step, loss_of_row
 from prefix_sharing.run.optimization import FiniteCheck, choose_seed, clip_grad_norm, seed_step
 from prefix_sharing.run.setup import compute_dtype
 from prefix_sharing.scoring import ResponseLogProbs
@@ -123,14 +122,6 @@ class PrefixDPORecipeSingleDevice:
         """The loss of a Row, not reduced."""
         return loss_of_row(self.loss, row, output, reference, kl)
 
-    @torch.no_grad()
-    def kl_of_step(self, step: StepRows) -> torch.Tensor | None:
-        """How far the policy is from the reference on the step, for losses of several Rows that need to know before."""
-        if not step.kl_rows:
-            return None
-        rows = (row.to(self.device) for row in step.kl_rows)
-        return estimate_kl(((row, self.forward(self.model, row)) for row in rows), self.reference)
-
     def evaluate(self) -> Evaluation | None:
         """Evaluates on ``dataset_val`` and logs under ``eval/``."""
         if self.dataset_val is None or self.plan_val is None:
@@ -150,6 +141,7 @@ class PrefixDPORecipeSingleDevice:
         """The training loop."""
         cfg = self.cfg
         before = after = self.evaluate()
+        forward = functools.partial(self.forward, self.model)
         metrics = StepMetrics(self.device, self.loss.mean_over)
         self.profiler.start()
         for epoch in range(self.epochs_run, cfg.epochs):
@@ -157,7 +149,7 @@ class PrefixDPORecipeSingleDevice:
             for step in self.step_loader(self.dataset, self.plan.epoch(epoch), kl_apart=self.loss.needs.kl):
                 seed_step(self.seed, self.global_step)
                 finite = FiniteCheck(self.device)
-                kl = self.kl_of_step(step)
+                kl = kl_of_step(step, forward, self.reference, self.device)
                 for row in step.rows:
                     row = row.to(self.device)
                     with self.activations_handling:

@@ -46,10 +46,10 @@ def log_remarks(dataset: PrefixPreferenceDataset, records: Records) -> None:
         records (Records): what it was made of.
     """
     tokenized = dataset.tokenized
-    unused = Counter(name for names in tokenized.data.column("unused").to_pylist() for name in names or ())
+    unused = Counter(name for names in tokenized.data.column("unused").to_pylist() for name in names)
     if unused:
         log.info("%s: not used: %s", dataset.name, ", ".join(f"{name} ({n:,} records)" for name, n in unused.items()))
-    lost = np.flatnonzero(np.asarray(tokenized.data.column("lost_text").to_pylist(), dtype=object) == True)  # noqa: E712
+    lost = np.flatnonzero(tokenized.data.column("lost_text").to_numpy())
     if len(lost):
         log.warning(
             "%s: the chat template leaves out text of the answers of %s records, such as %s; if that is reasoning, see "

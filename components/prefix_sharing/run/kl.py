@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from prefix_sharing.datasets import StepRows
 from prefix_sharing.distributed import sum_over_ranks
 from prefix_sharing.losses import Loss, LossOutput
 from prefix_sharing.scoring import ResponseLogProbs
@@ -32,6 +33,30 @@ def estimate_kl(
         sums.append(torch.stack([log_ratios.double().sum(), is_mismatched.double().sum()]))
     total, count = sum_over_ranks(torch.stack(sums).sum(dim=0))
     return (total / count.clamp(min=1)).clamp(min=0)
+
+
+@torch.no_grad()
+def kl_of_step(
+    step: StepRows,
+    forward: Callable[[Row], ResponseLogProbs],
+    reference: Callable[[Row], torch.Tensor] | None,
+    device: torch.device,
+) -> torch.Tensor | None:
+    """``estimate_kl`` of a step of several Rows, whose losses have to know before: a collective.
+
+    Args:
+        step (StepRows): what this rank computes in the step.
+        forward (Callable[[Row], ResponseLogProbs]): the policy's forward pass.
+        reference (Callable[[Row], torch.Tensor] | None): log-probs under the reference, of a Row.
+        device (torch.device): where the model runs.
+
+    Returns:
+        torch.Tensor | None: None if the step's Rows hold the answers to other prompts, or the loss needs none.
+    """
+    if not step.kl_rows:
+        return None
+    rows = (row.to(device) for row in step.kl_rows)
+    return estimate_kl(((row, forward(row)) for row in rows), reference)
 
 
 def loss_of_row(

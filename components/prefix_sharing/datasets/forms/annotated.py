@@ -5,15 +5,16 @@ from typing import Any
 from prefix_sharing.datasets.forms.comparison import Comparison, compare
 from prefix_sharing.datasets.forms.prompt import parse_prompt, prompt_of
 from prefix_sharing.datasets.forms.record import Record, RecordError, as_text, kind
+from prefix_sharing.tokenizers import Turn
 
 _FIRST_OR_SECOND = {0: 0, 1: 1, "0": 0, "1": 1}
 
 
-def _by_verdict(record: Record, names: tuple[str, str], better: int) -> Comparison:
+def _by_verdict(record: Record, prompt: list[Turn], names: tuple[str, str], better: int) -> Comparison:
     """The two answers, the better one first."""
-    order = (better, 1 - better)
-    answers = [record.get(name) for name in names]
-    return compare(record, prompt_of(record), [answers[i] for i in order], [record.key(names[i]) for i in order])
+    best_first = (names[better], names[1 - better])
+    answers, keys = [record.get(name) for name in best_first], [record.key(name) for name in best_first]
+    return compare(record, prompt, answers, keys)
 
 
 def _by_strength(record: Record, names: tuple[str, str], strength: float) -> Comparison:
@@ -25,16 +26,14 @@ def _by_strength(record: Record, names: tuple[str, str], strength: float) -> Com
 def read_shp(record: Record) -> Comparison:
     """SHP's ``human_ref_A`` and ``human_ref_B`` to a ``history``; ``labels`` is 1 where A is preferred."""
     better = record.choice("labels", {1: 0, 0: 1, "1": 0, "0": 1})
-    names = ("human_ref_A", "human_ref_B")
-    answers, keys = [record.get(name) for name in names], [record.key(name) for name in names]
     prompt = parse_prompt(record.get("history"), record.key("history"))
-    order = (better, 1 - better)
-    return compare(record, prompt, [answers[i] for i in order], [keys[i] for i in order])
+    return _by_verdict(record, prompt, ("human_ref_A", "human_ref_B"), better)
 
 
 def read_safe_rlhf(record: Record) -> Comparison:
     """PKU-SafeRLHF's ``response_0`` and ``response_1`` with ``better_response_id``."""
-    return _by_verdict(record, ("response_0", "response_1"), record.choice("better_response_id", _FIRST_OR_SECOND))
+    better = record.choice("better_response_id", _FIRST_OR_SECOND)
+    return _by_verdict(record, prompt_of(record), ("response_0", "response_1"), better)
 
 
 def read_tldr_comparison(record: Record) -> Comparison:

@@ -83,10 +83,8 @@ class Record:
         Raises:
             RecordError: if it is none of them.
         """
-        value = self.get(name)
-        if isinstance(value, str):  # as CSV files hold it
-            value = value.strip().lower().removesuffix(".0")
-        if isinstance(value, (list, dict)) or value not in choices:
+        value = as_choice(self.get(name))
+        if not is_choice(value, choices):
             expected = " or ".join(str(choice) for choice in list(choices)[:2])  # the rest say the same as text
             raise RecordError(self.key(name), f"must be {expected}, but is {kind(value)}{_shown(value)}")
         return choices[value]
@@ -115,6 +113,16 @@ class Record:
             key = self._columns[name]
             return None if key is None else self._values.get(key)
         return None if name in self._columns.values() else self._values.get(name)
+
+
+def as_choice(value: Any) -> Any:
+    """A value as choices are written: of text, as CSV files hold it, without case, space and ``.0``."""
+    return value.strip().lower().removesuffix(".0") if isinstance(value, str) else value
+
+
+def is_choice(value: Any, choices: Mapping[Any, int]) -> bool:
+    """Whether a value, as ``as_choice`` has it, is one of some choices."""
+    return not isinstance(value, (list, dict)) and value in choices
 
 
 def as_text(value: Any, key: str) -> str:

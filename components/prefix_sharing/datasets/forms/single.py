@@ -5,7 +5,7 @@ from typing import Any
 from prefix_sharing.datasets.forms.comparison import Comparison, compare
 from prefix_sharing.datasets.forms.messages import parse_messages, parse_transcript
 from prefix_sharing.datasets.forms.prompt import prompt_of, with_system
-from prefix_sharing.datasets.forms.record import Record, RecordError
+from prefix_sharing.datasets.forms.record import Record, RecordError, as_choice, is_choice
 
 _VERDICTS: dict[Any, int] = {True: 1, False: 0}  # and the numbers 1 and 0, which equal them
 _VERDICTS |= {"true": 1, "false": 0, "1": 1, "0": 0}  # as CSV files hold them
@@ -24,17 +24,19 @@ def read_chat(record: Record) -> Comparison:
     return _conversation(record)
 
 
+def _verdict_of(record: Record) -> str:
+    """The column of an answer's verdict."""
+    return "kto_tag" if "kto_tag" in record else "label"
+
+
 def has_verdict(record: Record) -> bool:
     """Whether a record's ``label`` is a verdict, not the class of something."""
-    value = record.peek("kto_tag" if "kto_tag" in record else "label")
-    if isinstance(value, str):
-        value = value.strip().lower().removesuffix(".0")
-    return not isinstance(value, (list, dict)) and value in _VERDICTS
+    return is_choice(as_choice(record.peek(_verdict_of(record))), _VERDICTS)
 
 
 def read_unpaired(record: Record) -> Comparison:
     """An answer with a ``label``, or LLaMA-Factory's ``kto_tag``: whether it is desirable."""
-    label = bool(record.choice("kto_tag" if "kto_tag" in record else "label", _VERDICTS))
+    label = bool(record.choice(_verdict_of(record), _VERDICTS))
     name = next((name for name in ("completion", "output") if name in record), None)
     if name is None:
         return _conversation(record, label)

@@ -18,8 +18,8 @@ _DTYPES = {None: torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "
 
 _STATE_FILE = Path("recipe_state") / "recipe_state.pt"
 
-_NOT_COPIED = ("config.json", "generation_config.json", "model.safetensors", "*.index.json", "*.safetensors", "*.bin")
-"""What an epoch's directory has of its own, or none of."""
+_NOT_COPIED = ("config.json", "*.index.json", "*.safetensors", "*.bin")
+"""What an epoch's directory has of its own."""
 
 
 def causal_lm(path: str, self_check: bool = True) -> PreTrainedModel:
@@ -144,13 +144,10 @@ class DirectoryCheckpointer:
         weights = {name: tensor.to(self._dtype) for name, tensor in state_dict[training.MODEL_KEY].items()}
         model.save_pretrained(epoch_dir, state_dict=weights)
         if Path(self._base).is_dir():
-            # Tokenizer, chat template, license and whatever else belongs to the model.
+            # Tokenizer, chat template, settings of generation and whatever else belongs to the model.
             for file in Path(self._base).iterdir():
                 if file.is_file() and not any(file.match(pattern) for pattern in _NOT_COPIED):
                     shutil.copy2(file, epoch_dir)
-            generation = Path(self._base) / "generation_config.json"
-            if generation.is_file():
-                shutil.copy2(generation, epoch_dir)
         if intermediate_checkpoint:
             state = {name: value for name, value in state_dict.items() if name != training.MODEL_KEY}
             state_file = self._output_dir / _STATE_FILE
