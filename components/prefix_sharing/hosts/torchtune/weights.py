@@ -16,6 +16,7 @@ from prefix_sharing.checkpoint import Checkpoint, TrainingState, full_weights, s
 from prefix_sharing.config import explained, instantiate
 from prefix_sharing.distributed import broadcast_object, is_rank_zero, wait_for_all_ranks
 from prefix_sharing.errors import ConfigError, UserError
+from prefix_sharing.hosts.fitting import check_tensors_fit
 from prefix_sharing.hosts.torchtune.adapters import (
     adapter_to_save,
     correct_peft_file,
@@ -131,18 +132,11 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, seed: int) -> None:
     if is_rank_zero():
         if checkpoint.config_file is not None:
             check_geometry(model, checkpoint.config_file)
-        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        expected = model.state_dict()
         if not checkpoint.adapter:
-            shapes = {name: shape for name, shape in expected.items() if is_adapter_key(name)}
+            shapes = {name: tensor.shape for name, tensor in expected.items() if is_adapter_key(name)}
             state_dict |= initial_adapter(shapes, state_dict, seed)
-        given = {name: tensor.shape for name, tensor in state_dict.items()}
-        for name in [*expected, *given]:
-            if expected.get(name) != given.get(name):
-                problem = (
-                    f"the checkpoint does not fit the model: {name} is {_shape(given.get(name))} in the checkpoint, "
-                    f"but {_shape(expected.get(name))} in the model; check model and checkpointer"
-                )
-                raise ConfigError("checkpointer", problem)
+        check_tensors_fit(expected, state_dict, "model and checkpointer")
     # What is quantized cannot be sharded by torch.distributed.checkpoint.
     strict = not (dist.is_initialized() and load_quantized(model, state_dict))
     set_full_weights(model, state_dict, strict=strict)
@@ -241,7 +235,3 @@ def _weight_files(epoch_dir: Path) -> list[Path]:
     if not files:
         raise UserError(f"No weights found in {epoch_dir}.")
     return files
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "missing" if shape is None else "x".join(map(str, shape))

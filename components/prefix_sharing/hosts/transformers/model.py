@@ -21,6 +21,7 @@ from prefix_sharing.attention import AttentionBackend, TreeMask, mask_builder
 from prefix_sharing.checkpoint import Checkpoint, set_full_weights
 from prefix_sharing.distributed import is_rank_zero
 from prefix_sharing.errors import ConfigError, UserError
+from prefix_sharing.hosts.fitting import check_tensors_fit
 from prefix_sharing.hosts.tree_model import TreeModel
 from prefix_sharing.scoring import ResponseLogProbs, response_log_probs
 from prefix_sharing.torch_private import unset_fake_temporarily
@@ -243,15 +244,7 @@ def load_weights(model: Any, checkpoint: Checkpoint) -> None:
         ConfigError: if a tensor is missing, left over, or of another shape.
     """
     if is_rank_zero():
-        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        given = {name: tensor.shape for name, tensor in checkpoint.weights.items()}
-        for name in [*expected, *given]:
-            if expected.get(name) != given.get(name):
-                problem = (
-                    f"the checkpoint does not fit the model: {name} is {given.get(name, 'missing')} in the "
-                    f"checkpoint, but {expected.get(name, 'missing')} in the model; check path and checkpoint_dir"
-                )
-                raise ConfigError("checkpointer", problem)
+        check_tensors_fit(model.state_dict(), checkpoint.weights, "path and checkpoint_dir")
     set_full_weights(model, dict(checkpoint.weights))  # a copy, which distributing tensors changes
 
 
