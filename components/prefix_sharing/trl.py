@@ -12,7 +12,6 @@ what it would have computed itself. Without a Row (generation, a plain evaluatio
 """
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +30,7 @@ try:
     from trl import DPOTrainer
 
     from prefix_sharing.hosts.transformers import check_arithmetic
+    from prefix_sharing.hosts.transformers.adapters import have_peft_overlook_torchao
     from prefix_sharing.hosts.transformers.model import ATTENTION, RowMasks, refuse_unsupported
 except ImportError as error:
     problem = (
@@ -43,21 +43,7 @@ if trl.__version__.split(".")[:2] != ["1", "16"]:
     raise ImportError(problem)
 
 
-def _have_peft_overlook_torchao() -> None:
-    """PEFT makes no adapter beside a torchao older than 0.16, which torchtune needs, and the adapter does not."""
-    try:
-        from peft.import_utils import is_torchao_available
-    except ImportError:
-        return
-    try:
-        is_torchao_available()
-    except ImportError:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("peft.") and hasattr(module, "is_torchao_available"):
-                vars(module)["is_torchao_available"] = lambda: False
-
-
-_have_peft_overlook_torchao()
+have_peft_overlook_torchao()
 
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 """What TRL's head returns for every scored token."""

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
-from directories import make_directory  # noqa: E402
+from directories import keys_for, make_directory  # noqa: E402
 from prefix_dpo_answers import AnswersConfig, PrefixDPOAnswers, split_at_answer  # noqa: E402
 from prefix_sharing.config import find_config  # noqa: E402
 from prefix_sharing.errors import UserError  # noqa: E402
@@ -25,16 +25,6 @@ from runs import (  # noqa: E402
     run_in_process,
     transformers_log_probs,
 )
-
-
-def keys_for(path, output_dir, **kwargs):
-    host = "prefix_sharing.hosts.transformers"
-    keys = {"model": {"_component_": f"{host}.causal_lm", "path": path}}
-    keys["tokenizer"] = {"_component_": "prefix_sharing.tokenizers.hf_chat_tokenizer", "path": path}
-    keys["checkpointer"] = {"_component_": f"{host}.checkpointer", "path": path, "output_dir": str(output_dir)}
-    keys |= {"optimizer.lr": 2e-3, "lr_scheduler": None, "max_steps_per_epoch": 10}
-    keys |= {"packing": "step", "global_batch_size": 4, "pack_len": 1024, "batch_size": None}
-    return keys | {"gradient_accumulation_steps": None} | kwargs
 
 
 @pytest.mark.parametrize(
@@ -141,11 +131,17 @@ def test_what_is_no_model_is_one_sentence(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_follow_one(tmp_path):
+@pytest.mark.parametrize("adapter", [None, {"use_dora": True, "lora_rank": 4}], ids=["full", "dora"])
+def test_two_processes_follow_one(tmp_path, adapter):
     path = make_directory(tmp_path / "model", tie_word_embeddings=True)
-    run_in_process(tmp_path / "alone", **SHORT | keys_for(path, tmp_path / "alone"))
+    keys = SHORT | keys_for(path, tmp_path / "alone")
+    if adapter is not None:
+        keys["model"] |= adapter | {"_component_": "prefix_sharing.hosts.transformers.lora_causal_lm"}
+        keys["save_adapter_weights_only"] = False
+    run_in_process(tmp_path / "alone", **keys)
     cfg = OmegaConf.load(find_config("quickstart/distributed"))
-    for key, value in (SHORT | keys_for(path, "out")).items():
+    keys["checkpointer"]["output_dir"] = "out"
+    for key, value in keys.items():
         OmegaConf.update(cfg, key, value, merge=False)
     OmegaConf.save(cfg, tmp_path / "config.yaml")
     together = run_distributed(tmp_path / "together", 2, config=str(tmp_path / "config.yaml"))

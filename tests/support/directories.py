@@ -28,3 +28,13 @@ def make_directory(path, name="qwen3", dtype=torch.float32, **kwargs):
     for file in Path(TOKENIZER_DIR).iterdir():
         shutil.copy(file, path)
     return str(path)
+
+
+def keys_for(path, output_dir, **kwargs):
+    host = "prefix_sharing.hosts.transformers"
+    keys = {"model": {"_component_": f"{host}.causal_lm", "path": path}}
+    keys["tokenizer"] = {"_component_": "prefix_sharing.tokenizers.hf_chat_tokenizer", "path": path}
+    keys["checkpointer"] = {"_component_": f"{host}.checkpointer", "path": path, "output_dir": str(output_dir)}
+    keys |= {"optimizer.lr": 2e-3, "lr_scheduler": None, "max_steps_per_epoch": 10}
+    keys |= {"packing": "step", "global_batch_size": 4, "pack_len": 1024, "batch_size": None}
+    return keys | {"gradient_accumulation_steps": None} | kwargs

@@ -1,5 +1,6 @@
 """Weights and training state as full tensors, gathered from a model that may be sharded and put back into one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,17 @@ class TrainingState:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a run starts from: full tensors of any precision on rank 0's CPU, none on other ranks.
+    """What a run starts from: full tensors of any precision, by name.
 
     Attributes:
-        weights (dict[str, torch.Tensor]): the model's, by name.
+        weights (Mapping[str, torch.Tensor]): the model's: on rank 0's CPU and none on other ranks, or in files that
+            every rank reads.
         adapter (dict[str, torch.Tensor]): those of a trained adapter; empty where there is none.
         state (TrainingState | None): None unless a run is resumed.
         config_file (Path | None): the ``config.json`` that says what model the weights are of, if there is one.
     """
 
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     adapter: dict[str, torch.Tensor] = field(default_factory=dict)
     state: TrainingState | None = None
     config_file: Path | None = None

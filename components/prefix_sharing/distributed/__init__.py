@@ -12,7 +12,14 @@ from prefix_sharing.distributed.ranks import (
     this_rank,
     wait_for_all_ranks,
 )
-from prefix_sharing.distributed.sharding import device_mesh, local_part, reshard, shard, sync_gradients
+from prefix_sharing.distributed.sharding import (
+    device_mesh,
+    gathered_on_rank_zero,
+    local_part,
+    reshard,
+    shard,
+    sync_gradients,
+)
 
 __all__ = [
     "Ranks",
@@ -20,6 +27,7 @@ __all__ = [
     "broadcast_object",
     "check_processes_joined",
     "device_mesh",
+    "gathered_on_rank_zero",
     "is_rank_zero",
     "local_part",
     "process_group",

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
+from prefix_sharing.distributed.ranks import this_rank
 from prefix_sharing.errors import ConfigError
 
 
@@ -108,3 +109,37 @@ def reshard(model: nn.Module) -> None:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank has of a tensor; all of it, if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered_on_rank_zero(tensor: torch.Tensor) -> torch.Tensor | None:
+    """All of a tensor, on rank 0 alone, where each rank's part arrives in its place; a collective if it is sharded.
+
+    ``DTensor.full_tensor`` gives all of it to every rank, and takes twice its memory there.
+
+    Args:
+        tensor (torch.Tensor): a parameter as ``shard`` leaves it, or a tensor that every rank has.
+
+    Returns:
+        torch.Tensor | None: None on other ranks.
+    """
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor if this_rank().rank == 0 else None
+    *_, placement = tensor.placements
+    assert isinstance(placement, Shard)
+    assert placement.dim == 0
+    ranks = tensor.device_mesh.mesh.view(-1, tensor.device_mesh.size(-1))[0].tolist()  # those with one whole copy
+    mine, full = this_rank().rank, None
+    if mine == 0:
+        full = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    for position, rank in enumerate(ranks):
+        size, offset = Shard.local_shard_size_and_offset(len(tensor), len(ranks), position)
+        if size == 0:
+            continue
+        if full is not None and rank == 0:
+            full[offset : offset + size] = tensor.to_local()
+        elif full is not None:
+            dist.recv(full[offset : offset + size], src=rank)
+        elif mine == rank:
+            dist.send(tensor.to_local().contiguous(), dst=0)
+    return full

@@ -4,14 +4,15 @@ A host turns a model into a ``TreeModel``, which takes a Row and returns the log
 writes its weights.
 """
 
-from prefix_sharing.hosts.choice import build_answer_model, to_tree_model
-from prefix_sharing.hosts.layers import checkpoint_activations, compile_layers
-from prefix_sharing.hosts.torchtune import (
+from prefix_sharing.hosts.choice import (
+    build_answer_model,
     load_checkpoint,
     load_trained_checkpoint,
-    missing_window,
     save_checkpoint,
+    to_tree_model,
 )
+from prefix_sharing.hosts.layers import checkpoint_activations, compile_layers
+from prefix_sharing.hosts.torchtune import missing_window
 from prefix_sharing.hosts.tree_model import TreeModel
 
 __all__ = [

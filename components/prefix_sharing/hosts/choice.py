@@ -1,4 +1,4 @@
-"""Which host a model belongs to."""
+"""Which host a model, or a checkpointer, belongs to."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -6,9 +6,12 @@ from typing import Any, cast
 import torch
 from omegaconf import DictConfig
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchtune.training import set_default_dtype
 
 from prefix_sharing.attention import AttentionBackend
+from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.config import instantiate
 from prefix_sharing.hosts import torchtune
 from prefix_sharing.hosts.tree_model import TreeModel
@@ -57,6 +60,79 @@ def to_tree_model(
 
         return transformers.to_tree_model(cast(Any, model), attention_backend, kernel_options)
     return torchtune.to_tree_model(model, attention_backend, kernel_options)
+
+
+def load_checkpoint(
+    key: str, node: DictConfig, *, resume: bool = False, adapter: str | None = None
+) -> tuple[Any, Checkpoint]:
+    """Finds or reads what a run starts from, by a host's checkpointer.
+
+    Args:
+        key (str): the config's key, for messages.
+        node (DictConfig): its value.
+        resume (bool): whether to read the last epoch saved in its ``output_dir``, with the training state.
+            Default: False.
+        adapter (str | None): path of a trained adapter, a file of torchtune's or a directory of PEFT's, to begin with
+            unless the run resumes. Default: None.
+
+    Returns:
+        tuple[Any, Checkpoint]: the checkpointer, which may be None on ranks other than 0, and the checkpoint.
+
+    Raises:
+        UserError: if there is no such checkpoint.
+    """
+    return _host_of(node).load_checkpoint(key, node, resume=resume, adapter=adapter)
+
+
+def load_trained_checkpoint(key: str, node: DictConfig, epoch: int) -> Checkpoint:
+    """Finds or reads what a run wrote to its ``output_dir``.
+
+    Args:
+        key (str): the config's key, for messages.
+        node (DictConfig): its value.
+        epoch (int): after which epoch, from 0.
+
+    Returns:
+        Checkpoint: as for ``load_checkpoint``.
+
+    Raises:
+        UserError: if there is nothing.
+    """
+    return _host_of(node).load_trained_checkpoint(key, node, epoch)
+
+
+def save_checkpoint(
+    checkpointer: Any,
+    model: TreeModel,
+    optimizer: Optimizer,
+    lr_scheduler: LRScheduler | None,
+    *,
+    epoch: int,
+    seed: int,
+    cfg: DictConfig,
+) -> None:
+    """Writes a model as its library does and, unless training is done, what it takes to continue; a collective.
+
+    Args:
+        checkpointer (Any): what ``load_checkpoint`` returned.
+        model (TreeModel): the model, sharded or not.
+        optimizer (Optimizer): its optimizer.
+        lr_scheduler (LRScheduler | None): its schedule.
+        epoch (int): the epoch that is finished, from 0.
+        seed (int): the run's seed.
+        cfg (DictConfig): the run's config.
+    """
+    host = _host_of(cfg.checkpointer)
+    host.save_checkpoint(checkpointer, model, optimizer, lr_scheduler, epoch=epoch, seed=seed, cfg=cfg)
+
+
+def _host_of(node: DictConfig) -> Any:
+    """The host whose checkpointer it is."""
+    if str(node._component_).startswith("prefix_sharing.hosts.transformers."):
+        from prefix_sharing.hosts import transformers
+
+        return transformers
+    return torchtune
 
 
 def _is_of_transformers(model: nn.Module) -> bool:

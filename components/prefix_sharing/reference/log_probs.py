@@ -153,7 +153,7 @@ def open_reference_cache(cfg: DictConfig, checkpoint: Checkpoint, tail_weight: f
         "code": code_fingerprint("trees", "attention", "scoring.py", "hosts"),
         "torchtune": version("torchtune"),
     }
-    reference = fingerprint_reference(checkpoint.weights | checkpoint.adapter, computation)
+    reference = fingerprint_reference(checkpoint.weights, computation, checkpoint.adapter)
     about = {"model": cfg.model._component_, "dtype": cfg.dtype, "made": time.strftime("%Y-%m-%d %H:%M")}
     try:
         cache = ReferenceCache(cfg.reference.cache_dir, reference, about)

@@ -128,7 +128,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, seed: int) -> None:
         ConfigError: if a tensor is missing, left over, or of another shape, or if the checkpoint's ``config.json``
             describes another model.
     """
-    state_dict = checkpoint.weights | checkpoint.adapter
+    state_dict = {**checkpoint.weights, **checkpoint.adapter}
     if is_rank_zero():
         if checkpoint.config_file is not None:
             check_geometry(model, checkpoint.config_file)

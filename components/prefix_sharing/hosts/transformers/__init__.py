@@ -2,27 +2,32 @@
 
 from importlib.util import find_spec
 
-if find_spec("transformers") is None:
+if find_spec("transformers") is None or find_spec("peft") is None:
     problem = (
         "models of transformers need it: pip install 'torchtune-prefix-sharing[transformers]' (Python 3.11 or newer)"
     )
     raise ImportError(problem)
 
-from prefix_sharing.hosts.transformers.directory import (
-    DirectoryCheckpointer,
-    causal_lm,
-    checkpointer,
-)
+from prefix_sharing.hosts.transformers.directory import causal_lm, lora_causal_lm
 from prefix_sharing.hosts.transformers.generation import AnswerModel
 from prefix_sharing.hosts.transformers.model import TreeCausalLM, to_tree_model
 from prefix_sharing.hosts.transformers.self_check import check_arithmetic
+from prefix_sharing.hosts.transformers.weights import (
+    checkpointer,
+    load_checkpoint,
+    load_trained_checkpoint,
+    save_checkpoint,
+)
 
 __all__ = [
     "AnswerModel",
-    "DirectoryCheckpointer",
     "TreeCausalLM",
     "causal_lm",
     "check_arithmetic",
     "checkpointer",
+    "load_checkpoint",
+    "load_trained_checkpoint",
+    "lora_causal_lm",
+    "save_checkpoint",
     "to_tree_model",
 ]

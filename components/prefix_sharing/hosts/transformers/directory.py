@@ -1,25 +1,17 @@
-"""A model by its directory alone: what transformers saves, for the keys ``model`` and ``checkpointer`` of a config."""
+"""A model by its directory alone, for the key ``model`` of a config: all of it is trained, or an adapter."""
 
 import logging
-import shutil
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torchtune import training
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from prefix_sharing.errors import ConfigError, UserError
+from prefix_sharing.hosts.transformers.adapters import add_adapter
+from prefix_sharing.hosts.transformers.files import read_config
 from prefix_sharing.hosts.transformers.self_check import check_arithmetic
 
 log = logging.getLogger(__name__)
-
-_DTYPES = {None: torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-_STATE_FILE = Path("recipe_state") / "recipe_state.pt"
-
-_NOT_COPIED = ("config.json", "*.index.json", "*.safetensors", "*.bin")
-"""What an epoch's directory has of its own."""
 
 
 def causal_lm(path: str, self_check: bool = True) -> PreTrainedModel:
@@ -43,7 +35,7 @@ def causal_lm(path: str, self_check: bool = True) -> PreTrainedModel:
               _component_: prefix_sharing.hosts.transformers.causal_lm
               path: /tmp/Qwen3-0.6B
     """
-    config = _read_config(path)
+    config = read_config(path)
     if self_check:
         with torch.device("cpu"):
             difference = check_arithmetic(config)
@@ -51,105 +43,55 @@ def causal_lm(path: str, self_check: bool = True) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def _read_config(path: str) -> Any:
-    if not Path(path).is_dir() and path.startswith(("/", ".", "~")):
-        raise UserError(f"{path} not found; it must be a directory of a model, or a name on the hub.")
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise UserError(f"{path} has no config.json; it must be a directory of a model as transformers saves it.")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no model of transformers: {' '.join(str(error).split())[:300]}") from error
-    return config
-
-
-def checkpointer(
+def lora_causal_lm(
     path: str,
-    output_dir: str,
     *,
-    save_dtype: str | None = None,
-    checkpoint_files: list[str] | None = None,
-    should_load_recipe_state: bool = False,
-) -> "DirectoryCheckpointer":
-    """Reads and writes directories of models as transformers has them, for a config.
+    lora_rank: int = 8,
+    lora_alpha: int = 16,
+    lora_dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    use_dora: bool = False,
+    self_check: bool = True,
+) -> PreTrainedModel:
+    """Builds a decoder of transformers with an adapter of PEFT: LoRA (Hu et al. 2021), or DoRA (Liu et al. 2024).
 
     Args:
-        path (str): directory of the model to start from, or its name on the hub.
-        output_dir (str): each epoch's model goes to ``epoch_<n>`` below it.
-        save_dtype (str | None): dtype of the weights that are written, ``fp32``, ``bf16`` or ``fp16``. Default: None,
-            fp32, in which they are trained.
-        checkpoint_files (list[str] | None): weights of an epoch to read instead, when a run resumes.
-        should_load_recipe_state (bool): whether to read the training state as well. Default: False.
+        path (str): as for ``causal_lm``.
+        lora_rank (int): rank of the adapter, PEFT's ``r``. Default: 8.
+        lora_alpha (int): the adapter's output is scaled by ``lora_alpha / lora_rank``. Default: 16.
+        lora_dropout (float): dropout before the adapter. Default: 0.0.
+        target_modules (str | Sequence[str]): linear layers that get one, by the ends of their names, such as
+            ``[q_proj, v_proj]``. Default: "all-linear", all but the output projection. Experts kept as one tensor are
+            no linear layers.
+        use_dora (bool): whether it is DoRA. Default: False.
+        self_check (bool): as for ``causal_lm``. Default: True.
 
     Returns:
-        DirectoryCheckpointer: with torchtune's interface.
+        PreTrainedModel: as for ``causal_lm``.
+
+    Raises:
+        UserError: as for ``causal_lm``, and if there is no such layer.
 
     Example:
         .. code-block:: yaml
 
-            checkpointer:
-              _component_: prefix_sharing.hosts.transformers.checkpointer
-              path: /tmp/Qwen3-0.6B
-              output_dir: /tmp/prefix_dpo_qwen3
+            model:
+              _component_: prefix_sharing.hosts.transformers.lora_causal_lm
+              path: /tmp/Qwen3-8B
+              lora_rank: 16
+              lora_alpha: 32
     """
-    return DirectoryCheckpointer(path, Path(output_dir), save_dtype, checkpoint_files, should_load_recipe_state)
-
-
-class DirectoryCheckpointer:
-    """See ``checkpointer``; what it returns and takes has torchtune's keys."""
-
-    def __init__(
-        self,
-        path: str,
-        output_dir: Path,
-        save_dtype: str | None,
-        checkpoint_files: list[str] | None,
-        should_load_recipe_state: bool,
-    ) -> None:
-        self._base = path
-        self._output_dir = output_dir
-        if save_dtype not in _DTYPES:
-            raise ConfigError("save_dtype", f"must be one of {', '.join(filter(None, _DTYPES))}, not {save_dtype}")
-        self._dtype = _DTYPES[save_dtype]
-        self._source = path
-        if checkpoint_files:
-            self._source = str((output_dir / checkpoint_files[0]).parent)
-        self._loads_state = should_load_recipe_state
-
-    def load_checkpoint(self) -> dict[str, Any]:
-        """The weights as transformers loads them, by the model's own names, and training state if asked for."""
-        _read_config(self._source)
-        model = AutoModelForCausalLM.from_pretrained(self._source, dtype="auto")
-        content: dict[str, Any] = {training.MODEL_KEY: model.state_dict()}
-        if self._loads_state:
-            content |= torch.load(self._output_dir / _STATE_FILE, map_location="cpu", weights_only=True)
-        return content
-
-    def save_checkpoint(
-        self, state_dict: dict[str, Any], epoch: int, intermediate_checkpoint: bool = False, adapter_only: bool = False
-    ) -> None:
-        """Writes a complete directory, by transformers' own ``save_pretrained``, and what it takes to continue.
-
-        Args:
-            state_dict (dict[str, Any]): weights and training state.
-            epoch (int): the epoch that is finished, from 0.
-            intermediate_checkpoint (bool): whether training goes on. Default: False.
-            adapter_only (bool): not supported. Default: False.
-        """
-        epoch_dir = self._output_dir / f"epoch_{epoch}"
-        config = _read_config(self._base)
-        config.dtype = self._dtype
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=self._dtype)
-        weights = {name: tensor.to(self._dtype) for name, tensor in state_dict[training.MODEL_KEY].items()}
-        model.save_pretrained(epoch_dir, state_dict=weights)
-        if Path(self._base).is_dir():
-            # Tokenizer, chat template, settings of generation and whatever else belongs to the model.
-            for file in Path(self._base).iterdir():
-                if file.is_file() and not any(file.match(pattern) for pattern in _NOT_COPIED):
-                    shutil.copy2(file, epoch_dir)
-        if intermediate_checkpoint:
-            state = {name: value for name, value in state_dict.items() if name != training.MODEL_KEY}
-            state_file = self._output_dir / _STATE_FILE
-            state_file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, state_file)
+    model = causal_lm(path, self_check)
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    add_adapter(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora_rank,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=targets,
+            use_dora=use_dora,
+        ),
+    )
+    return model

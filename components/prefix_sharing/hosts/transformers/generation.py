@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from prefix_sharing.checkpoint import Checkpoint
-from prefix_sharing.hosts.transformers.model import load_weights, materialize
+from prefix_sharing.hosts.transformers.model import materialize
+from prefix_sharing.hosts.transformers.weights import load_weights
 
 
 class AnswerModel:
@@ -33,7 +34,7 @@ class AnswerModel:
 
     def load_weights(self, checkpoint: Checkpoint, seed: int) -> None:
         """See ``TreeModel.load_weights``."""
-        load_weights(self.model, checkpoint)
+        load_weights(self.model, checkpoint, seed)
 
     @torch.no_grad()
     def answers(

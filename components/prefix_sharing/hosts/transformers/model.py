@@ -18,10 +18,10 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from typing_extensions import override
 
 from prefix_sharing.attention import AttentionBackend, TreeMask, mask_builder
-from prefix_sharing.checkpoint import Checkpoint, set_full_weights
-from prefix_sharing.distributed import is_rank_zero
+from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.errors import ConfigError, UserError
-from prefix_sharing.hosts.fitting import check_tensors_fit
+from prefix_sharing.hosts.transformers.adapters import freeze_base, has_adapter, without_adapter
+from prefix_sharing.hosts.transformers.weights import load_weights
 from prefix_sharing.hosts.tree_model import TreeModel
 from prefix_sharing.scoring import ResponseLogProbs, response_log_probs
 from prefix_sharing.torch_private import unset_fake_temporarily
@@ -184,7 +184,7 @@ class TreeCausalLM(TreeModel):
     @property
     @override
     def has_adapter(self) -> bool:
-        return False
+        return has_adapter(self)
 
     @property
     @override
@@ -193,11 +193,11 @@ class TreeCausalLM(TreeModel):
 
     @override
     def freeze_base(self, dtype: torch.dtype) -> None:
-        """Nothing: there is no adapter."""
+        freeze_base(self, dtype)
 
     @override
     def without_adapter(self) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
+        return without_adapter(self)
 
     @override
     def offload_activations(self, enabled: bool) -> AbstractContextManager[None]:
@@ -211,7 +211,7 @@ class TreeCausalLM(TreeModel):
 
     @override
     def load_weights(self, checkpoint: Checkpoint, seed: int) -> None:
-        load_weights(self, checkpoint)
+        load_weights(self, checkpoint, seed)
 
 
 def materialize(model: Any, device: torch.device, parameter_device: torch.device | None = None) -> None:
@@ -231,21 +231,6 @@ def materialize(model: Any, device: torch.device, parameter_device: torch.device
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
-
-
-def load_weights(model: Any, checkpoint: Checkpoint) -> None:
-    """See ``TreeModel.load_weights``; into transformers' own model as well.
-
-    Args:
-        model (Any): the model.
-        checkpoint (Checkpoint): the checkpoint.
-
-    Raises:
-        ConfigError: if a tensor is missing, left over, or of another shape.
-    """
-    if is_rank_zero():
-        check_tensors_fit(model.state_dict(), checkpoint.weights, "path and checkpoint_dir")
-    set_full_weights(model, dict(checkpoint.weights))  # a copy, which distributing tensors changes
 
 
 def to_tree_model(

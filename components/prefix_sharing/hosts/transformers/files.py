@@ -1,0 +1,285 @@
+"""A model's tensors in safetensors files, read and written so that no rank ever holds the whole model.
+
+A rank reads what it keeps of each tensor, and tensors are written in the order of the layers, each gathered from the
+ranks that share it and forgotten after it is written. Names and shapes in a file may differ from those in the model
+(experts are apart in files and together in models): transformers' own table says how, in both directions.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from prefix_sharing.distributed import gathered_on_rank_zero, is_rank_zero, local_part
+from prefix_sharing.errors import UserError
+from prefix_sharing.hosts.fitting import check_tensors_fit
+
+_SINGLE_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+_MOST_BYTES = 5_000_000_000
+"""In a file."""
+
+_FILES_OF_SHARDED = 16
+"""At least as many files of a model that is sharded: rank 0 has one at a time in memory."""
+
+
+def local_directory(path: str) -> Path:
+    """The directory of a model, fetched from the hub if it is a name there.
+
+    Args:
+        path (str): directory, or name on the hub.
+
+    Returns:
+        Path: the directory.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if path.startswith(("/", ".", "~")):
+        raise UserError(f"{path} not found; it must be a directory of a model, or a name on the hub.")
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        problem = f"{path} is no directory, and the hub has no such model or cannot be reached"
+        raise UserError(f"{problem}: {' '.join(str(error).split())[:200]}") from error
+
+
+def read_config(path: str) -> Any:
+    """Transformers' config of a model.
+
+    Args:
+        path (str): directory, or name on the hub.
+
+    Returns:
+        Any: a new one each time.
+
+    Raises:
+        UserError: if there is none.
+    """
+    directory = local_directory(path)
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{path} has no config.json; it must be a directory of a model as transformers saves it.")
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no model of transformers: {' '.join(str(error).split())[:300]}") from error
+
+
+class WeightFiles(Mapping[str, torch.Tensor]):
+    """The tensors in a directory's safetensors files, each read when it is asked for.
+
+    Args:
+        directory (Path): the directory.
+
+    Raises:
+        UserError: if there are none.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        index, single = directory / _INDEX_FILE, directory / _SINGLE_FILE
+        if index.is_file():
+            # The index decides, whatever other files there are.
+            names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self._files = {name: directory / file for name, file in names.items()}
+        elif single.is_file():
+            with safe_open(single, framework="pt") as file:
+                self._files = dict.fromkeys(file.keys(), single)
+        else:
+            raise UserError(
+                f"{directory} has no {_SINGLE_FILE} and no {_INDEX_FILE}; weights are read from these only."
+            )
+        for file in sorted(set(self._files.values())):
+            if not file.is_file():
+                raise UserError(f"{file} not found, which {index} names.")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def slices(self) -> dict[str, Any]:
+        """What tells the shape of a tensor and reads parts of it, by name."""
+        by_file: dict[Path, Any] = {}
+        for path in set(self._files.values()):
+            by_file[path] = safe_open(path, framework="pt")
+        return {name: by_file[path].get_slice(name) for name, path in self._files.items()}
+
+
+def read_into(tensors: Mapping[str, torch.Tensor], files: WeightFiles, config: Any) -> None:
+    """Reads files into a model's tensors; of sharded ones each rank reads what it keeps.
+
+    Args:
+        tensors (Mapping[str, torch.Tensor]): parameters and buffers, overwritten, by the names that they have in the
+            model as transformers builds it.
+        files (WeightFiles): the files.
+        config (Any): transformers' config of the model.
+
+    Raises:
+        ConfigError: if a tensor is missing, left over, or of another shape.
+    """
+    slices = files.slices()
+    wanted = _check_fit(slices, config)
+    holder = _without_memory(config)
+    for name, tensor in tensors.items():
+        _put(holder, name, tensor)
+    layers = [list(names) for _, names in itertools.groupby(sorted(slices, key=_layer_of), _layer_of)]
+    for names in tqdm(layers, desc="Loading weights", unit="layer", disable=not is_rank_zero()):
+        info = _load(holder, {name: slices[name] for name in names}, torch.device("cpu"))
+        with torch.no_grad():
+            for name in wanted - info.missing_keys:
+                local_part(tensors[name]).copy_(local_part(holder.get_parameter_or_buffer(name)))
+                _put(holder, name, tensors[name])  # and forget what was read
+        wanted &= info.missing_keys
+    if wanted:
+        raise UserError(
+            f"transformers needs more than a layer at a time to make {min(wanted)} of what is in the files."
+        )
+
+
+def _put(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
+    """Has a model take a tensor for its own, so that what is read is laid out in the same way."""
+    module_name, _, attribute = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if attribute in module._parameters:
+        tensor = nn.Parameter(tensor.detach(), requires_grad=False)
+    setattr(module, attribute, tensor)
+
+
+def _check_fit(slices: Mapping[str, Any], config: Any) -> set[str]:
+    """What the files have for the model, by name; found without reading them, on every rank, so that all would stop."""
+    shapes = {name: torch.empty(part.get_shape(), device="meta") for name, part in slices.items()}
+    model = _without_memory(config)
+    info = _load(model, shapes, torch.device("meta"))
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    given = {name: tensor for name, tensor in expected.items() if name not in info.missing_keys}
+    given |= {name: shapes[name] if name in shapes else torch.empty(0) for name in info.unexpected_keys}
+    given |= {name: torch.empty(shape, device="meta") for name, shape, _ in info.mismatched_keys}
+    check_tensors_fit(expected, given, "path")
+    return {name for name in expected if name not in info.missing_keys}
+
+
+def _load(model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device) -> Any:
+    conversions: Any = get_model_conversion_mapping(model)
+    how = LoadStateDictConfig(device_map={"": device}, dtype=torch.float32, weight_mapping=conversions)
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), how)
+    if shows_progress:
+        logging.enable_progress_bar()
+    if info.conversion_errors:
+        raise UserError(f"transformers cannot convert the weights: {next(iter(info.conversion_errors.values()))}")
+    model._adjust_missing_and_unexpected_keys(info)
+    return info
+
+
+def _without_memory(config: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def write_from(
+    tensors: Mapping[str, torch.Tensor],
+    directory: Path,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    complete: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda tensors: tensors,
+) -> None:
+    """Writes a model's tensors as transformers does, layer by layer; a collective if they are sharded.
+
+    Args:
+        tensors (Mapping[str, torch.Tensor]): by name, in the order of the layers, tied ones once.
+        directory (Path): where the files go.
+        config (Any): transformers' config of the model.
+        dtype (torch.dtype): what to write.
+        complete (Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]): makes of a layer's tensors those that
+            the model has without an adapter. Default: nothing is changed.
+    """
+    is_sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    num_bytes = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+    writer = _Writer(directory, min(_MOST_BYTES, num_bytes // _FILES_OF_SHARDED) if is_sharded else _MOST_BYTES)
+    model = _without_memory(config)
+    layers = [list(names) for _, names in itertools.groupby(tensors, _layer_of)]
+    for names in tqdm(layers, desc="Writing weights", unit="layer", disable=not is_rank_zero()):
+        layer = {}
+        for name in names:
+            full = gathered_on_rank_zero(tensors[name])
+            if full is not None:
+                layer[name] = full
+        if layer:
+            layer = {name: tensor.to("cpu", dtype) for name, tensor in complete(layer).items()}
+            writer.add(revert_weight_conversion(model, layer))
+    if is_rank_zero():
+        writer.close()
+
+
+def _layer_of(name: str) -> tuple[str, ...]:
+    """The layer that a tensor belongs to; tensors in none are by themselves."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return tuple(parts[: numbers[0] + 1]) if numbers else tuple(parts)
+
+
+class _Writer:
+    """Files of a limited size, and the index that says what is where."""
+
+    def __init__(self, directory: Path, most_bytes: int) -> None:
+        self._directory = directory
+        self._most_bytes = most_bytes
+        self._pending: dict[str, torch.Tensor] = {}
+        self._names_of_files: list[list[str]] = []
+        self._num_bytes = 0
+
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if self._pending and _size((*self._pending.values(), tensor)) > self._most_bytes:
+                self._write()
+            self._pending[name] = tensor.contiguous()
+
+    def _write(self) -> None:
+        self._names_of_files.append(list(self._pending))
+        self._num_bytes += _size(self._pending.values())
+        save_file(self._pending, self._part(len(self._names_of_files)), metadata={"format": "pt"})
+        self._pending = {}
+
+    def _part(self, number: int) -> Path:
+        return self._directory / f"model-part-{number}.safetensors"
+
+    def close(self) -> None:
+        self._write()
+        count = len(self._names_of_files)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._names_of_files, start=1):
+            file = _SINGLE_FILE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+            self._part(number).replace(self._directory / file)
+            weight_map |= dict.fromkeys(names, file)
+        if count > 1:
+            index = {"metadata": {"total_size": self._num_bytes}, "weight_map": weight_map}
+            (self._directory / _INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _size(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,307 @@
+"""Reading and writing directories of models as transformers has them, into and out of models that may be sharded."""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchtune import training
+
+from prefix_sharing.checkpoint import Checkpoint, TrainingState, full_weights, training_state
+from prefix_sharing.config import instantiate
+from prefix_sharing.distributed import is_rank_zero, wait_for_all_ranks
+from prefix_sharing.errors import ConfigError
+from prefix_sharing.hosts.fitting import check_tensors_fit
+from prefix_sharing.hosts.transformers.adapters import (
+    ADAPTER_FILE,
+    adapter_of,
+    base_name,
+    has_adapter,
+    initial_adapter,
+    is_adapter_key,
+    merged_weight,
+    peft_names,
+    read_adapter,
+    save_adapter,
+    scaling_of,
+)
+from prefix_sharing.hosts.transformers.files import WeightFiles, local_directory, read_config, read_into, write_from
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {None: torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_STATE_FILE = Path("recipe_state") / "recipe_state.pt"
+
+_LR_SCHEDULER_KEY = "lr_scheduler"
+
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "chat_template.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""Files of the base that belong to what is trained of it, too; no other file is copied."""
+
+
+@dataclass(frozen=True)
+class DirectoryCheckpointer:
+    """See ``checkpointer``.
+
+    Attributes:
+        path (str): directory of the base, or its name on the hub.
+        output_dir (Path): where each epoch's directory goes.
+        dtype (torch.dtype): of the weights that are written.
+    """
+
+    path: str
+    output_dir: Path
+    dtype: torch.dtype
+
+
+def checkpointer(path: str, output_dir: str, save_dtype: str | None = None) -> DirectoryCheckpointer:
+    """Reads and writes directories of models as transformers has them, for a config.
+
+    Args:
+        path (str): directory of the model to start from, or its name on the hub.
+        output_dir (str): each epoch's model goes to ``epoch_<n>`` below it.
+        save_dtype (str | None): dtype of the weights that are written, ``fp32``, ``bf16`` or ``fp16``. Default: None,
+            fp32, in which they are trained. Adapters are fp32 always.
+
+    Returns:
+        DirectoryCheckpointer: what the recipes read from and write to.
+
+    Raises:
+        ConfigError: if there is no such dtype.
+
+    Example:
+        .. code-block:: yaml
+
+            checkpointer:
+              _component_: prefix_sharing.hosts.transformers.checkpointer
+              path: /tmp/Qwen3-0.6B
+              output_dir: /tmp/prefix_dpo_qwen3
+    """
+    if save_dtype not in _DTYPES:
+        raise ConfigError("save_dtype", f"must be one of {', '.join(filter(None, _DTYPES))}, not {save_dtype}")
+    return DirectoryCheckpointer(path, Path(output_dir), _DTYPES[save_dtype])
+
+
+def load_checkpoint(
+    key: str, node: DictConfig, *, resume: bool = False, adapter: str | None = None
+) -> tuple[Any, Checkpoint]:
+    """Finds a checkpoint's files, whose tensors each rank reads when it has a model to put them into.
+
+    Args:
+        key (str): the config's key, for messages.
+        node (DictConfig): its value.
+        resume (bool): whether to read the last epoch saved in its ``output_dir``, with the training state.
+            Default: False.
+        adapter (str | None): directory of a trained adapter as PEFT saves it, to begin with unless the run resumes.
+            Default: None.
+
+    Returns:
+        tuple[Any, Checkpoint]: the checkpointer and the checkpoint.
+
+    Raises:
+        UserError: if there is no such checkpoint.
+    """
+    checkpointer: DirectoryCheckpointer = instantiate(key, node)
+    source, state = local_directory(checkpointer.path), None
+    if resume:
+        content = _read_state(checkpointer.output_dir)
+        epochs_run = content[training.EPOCHS_KEY]
+        epoch_dir = checkpointer.output_dir / f"epoch_{epochs_run - 1}"
+        log.info("Resuming after epoch %d from %s", epochs_run, epoch_dir)
+        if (epoch_dir / ADAPTER_FILE).exists():
+            adapter = str(epoch_dir)
+        else:
+            source = epoch_dir
+        state = TrainingState(
+            epochs_run, content[training.SEED_KEY], content[training.OPT_KEY], content[_LR_SCHEDULER_KEY]
+        )
+    tensors = {} if adapter is None else read_adapter(Path(adapter))
+    return checkpointer, Checkpoint(WeightFiles(source), tensors, state, source / "config.json")
+
+
+def _read_state(output_dir: Path) -> dict[str, Any]:
+    file = output_dir / _STATE_FILE
+    if not file.is_file():
+        problem = (
+            f"{file} not found; training state is saved after every epoch but the last. Set it to False to start "
+            "from the beginning"
+        )
+        raise ConfigError("resume_from_checkpoint", problem)
+    content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    if not is_rank_zero():  # which hands out the optimizer's state
+        content[training.OPT_KEY] = {}
+    return content
+
+
+def load_trained_checkpoint(key: str, node: DictConfig, epoch: int) -> Checkpoint:
+    """Finds what a run wrote to its ``output_dir``.
+
+    Args:
+        key (str): the config's key, for messages.
+        node (DictConfig): its value.
+        epoch (int): after which epoch, from 0.
+
+    Returns:
+        Checkpoint: as for ``load_checkpoint``.
+
+    Raises:
+        UserError: if there is nothing.
+    """
+    epoch_dir = Path(node.output_dir) / f"epoch_{epoch}"
+    if not epoch_dir.is_dir():
+        raise ConfigError(f"{key}.output_dir", f"{epoch_dir} not found; train with this config first")
+    if (epoch_dir / ADAPTER_FILE).exists():
+        return load_checkpoint(key, node, adapter=str(epoch_dir))[1]
+    return Checkpoint(WeightFiles(epoch_dir), config_file=epoch_dir / "config.json")
+
+
+def load_weights(model: Any, checkpoint: Checkpoint, seed: int) -> None:
+    """See ``TreeModel.load_weights``; into transformers' own model as well.
+
+    Args:
+        model (Any): the model, sharded or not.
+        checkpoint (Checkpoint): the checkpoint.
+        seed (int): decides the adapter, if the model has one and the checkpoint none.
+
+    Raises:
+        ConfigError: if a tensor is missing, left over, or of another shape.
+    """
+    if not isinstance(checkpoint.weights, WeightFiles):
+        problem = "models of transformers need prefix_sharing.hosts.transformers.checkpointer"
+        raise ConfigError("checkpointer", problem)
+    read_into(_base_of(model), checkpoint.weights, model.config)
+    if not has_adapter(model):
+        if checkpoint.adapter:
+            raise ConfigError("adapter_checkpoint", "the model has no adapter; choose lora_causal_lm")
+        return
+    adapter = initial_adapter(model, seed)
+    if checkpoint.adapter:
+        names = peft_names(model)
+        check_tensors_fit(
+            {name: adapter[ours] for ours, name in names.items()}, checkpoint.adapter, "adapter_checkpoint"
+        )
+        adapter = {ours: checkpoint.adapter[name] for ours, name in names.items()}
+    with torch.no_grad():
+        for name, parameter in model.state_dict().items():
+            if is_adapter_key(name):
+                parameter.copy_(_laid_out_like(parameter, adapter[name]))
+
+
+def _base_of(model: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a model without its adapter, by their names there, tied ones once."""
+    tied = model.all_tied_weights_keys
+    named = {base_name(name): tensor for name, tensor in model.state_dict().items() if not is_adapter_key(name)}
+    return {name: tensor for name, tensor in named.items() if name not in tied}
+
+
+def _laid_out_like(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that every rank has, as one that may be sharded."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def save_checkpoint(
+    checkpointer: DirectoryCheckpointer,
+    model: Any,
+    optimizer: Optimizer,
+    lr_scheduler: LRScheduler | None,
+    *,
+    epoch: int,
+    seed: int,
+    cfg: DictConfig,
+) -> None:
+    """Writes a complete directory and, unless training is done, what it takes to continue; a collective.
+
+    Of a model with an adapter, the adapter alone, as PEFT does, and with ``save_adapter_weights_only: False`` the model
+    it makes of the base; the adapter is in ``adapter`` then.
+
+    Args:
+        checkpointer (DirectoryCheckpointer): says where.
+        model (Any): the model, sharded or not.
+        optimizer (Optimizer): its optimizer.
+        lr_scheduler (LRScheduler | None): its schedule.
+        epoch (int): the epoch that is finished, from 0.
+        seed (int): the run's seed.
+        cfg (DictConfig): the run's config.
+    """
+    epoch_dir = checkpointer.output_dir / f"epoch_{epoch}"
+    epoch_dir.mkdir(parents=True, exist_ok=True)
+    adapter_only = has_adapter(model) and cfg.save_adapter_weights_only
+    if has_adapter(model):
+        adapter = full_weights(model, trainable_only=True)
+        if is_rank_zero():
+            where = epoch_dir if adapter_only else epoch_dir / "adapter"
+            save_adapter(where, model, adapter, checkpointer.path)
+    if not adapter_only:
+        save_model(model, checkpointer, epoch_dir)
+    if is_rank_zero():
+        _copy_companions(local_directory(checkpointer.path), epoch_dir)
+    if epoch + 1 < cfg.epochs:
+        state = training_state(model, optimizer, lr_scheduler, epochs_run=epoch + 1, seed=seed)
+        if is_rank_zero():
+            content = {
+                training.OPT_KEY: state.optimizer,
+                _LR_SCHEDULER_KEY: state.lr_scheduler,
+                training.EPOCHS_KEY: state.epochs_run,
+                training.SEED_KEY: state.seed,
+            }
+            state_file = checkpointer.output_dir / _STATE_FILE
+            state_file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(content, state_file)
+    if is_rank_zero():
+        log.info("Checkpoint saved to %s", epoch_dir)
+    wait_for_all_ranks()
+
+
+def save_model(model: Any, checkpointer: DirectoryCheckpointer, epoch_dir: Path) -> None:
+    """Writes weights and what describes them, without an adapter; a collective.
+
+    Args:
+        model (Any): the model, sharded or not.
+        checkpointer (DirectoryCheckpointer): says where its base is, and the dtype.
+        epoch_dir (Path): an existing directory.
+    """
+    config = read_config(checkpointer.path)
+    tied = model.all_tied_weights_keys
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if base_name(name) not in tied}
+
+    def without_adapter(layer: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        whole = {}
+        for name, tensor in layer.items():
+            if name.endswith(".base_layer.weight"):
+                module = name.removesuffix(".base_layer.weight")
+                tensor = merged_weight(tensor, adapter_of(module, layer), scaling_of(model, module))
+            if not is_adapter_key(name):
+                whole[base_name(name)] = tensor
+        return whole
+
+    write_from(tensors, epoch_dir, config, dtype=checkpointer.dtype, complete=without_adapter)
+    if is_rank_zero():
+        config.dtype = checkpointer.dtype
+        config.save_pretrained(epoch_dir)
+        model.generation_config.save_pretrained(epoch_dir)
+
+
+def _copy_companions(base: Path, epoch_dir: Path) -> None:
+    for file in base.iterdir():
+        if file.is_file() and any(file.match(pattern) for pattern in _COMPANIONS):
+            shutil.copyfile(file, epoch_dir / file.name)

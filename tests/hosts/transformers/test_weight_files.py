@@ -1,0 +1,111 @@
+"""Weights of transformers' models: what is read and written, and how much of it a rank ever holds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+transformers = pytest.importorskip("transformers", minversion="5.24")
+
+from directories import make_directory  # noqa: E402
+from prefix_sharing.errors import ConfigError, UserError  # noqa: E402
+from prefix_sharing.hosts.transformers.files import WeightFiles, read_into, write_from  # noqa: E402
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def model_of(path):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def tensors_of(model):
+    tied = model.all_tied_weights_keys
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [("qwen3", {}), ("qwen3_moe", EXPERTS), ("phi3", {"pad_token_id": 0})])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_what_is_written_is_read_by_transformers_and_by_us(tmp_path, name, kwargs, tied, monkeypatch):
+    monkeypatch.setattr("prefix_sharing.hosts.transformers.files._MOST_BYTES", 200_000)  # several files
+    path = make_directory(tmp_path / "model", name, tie_word_embeddings=tied, **kwargs)
+    model = model_of(path)
+    written = tmp_path / "written"
+    written.mkdir()
+    write_from(tensors_of(model), written, model.config, dtype=torch.float32)
+    model.config.save_pretrained(written)
+    assert len(list(written.glob("*.safetensors"))) > 2
+    # The names are those of the checkpoint that transformers writes, not those in its model.
+    assert set(WeightFiles(written)) == set(WeightFiles(Path(path)))
+    again = model_of(written)
+    for tensors in (again.state_dict(), read_again(written, model)):
+        for key, tensor in tensors_of(model).items():
+            torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=0)
+
+
+def read_again(directory, model):
+    tensors = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors_of(model).items()}
+    read_into(tensors, WeightFiles(directory), model.config)
+    return tensors
+
+
+def test_files_that_do_not_fit_are_refused_by_the_first_tensor(tmp_path):
+    model = model_of(make_directory(tmp_path / "model"))
+    for kwargs, message in (
+        ({"num_hidden_layers": 2}, r"layers\.2\..* is missing in the checkpoint"),
+        ({"num_hidden_layers": 4}, r"layers\.3\..* but missing in the model"),
+        ({"intermediate_size": 97}, r"is \d+x\d+ in the checkpoint, but \d+x\d+ in the model; check path"),
+    ):
+        other = make_directory(tmp_path / str(kwargs), **kwargs)
+        with pytest.raises(ConfigError, match=message):
+            read_again(Path(other), model)
+
+
+def test_the_index_decides_which_files_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("prefix_sharing.hosts.transformers.files._MOST_BYTES", 200_000)
+    model = model_of(make_directory(tmp_path / "model"))
+    write_from(tensors_of(model), tmp_path, model.config, dtype=torch.bfloat16)
+    with safe_open(sorted(tmp_path.glob("*.safetensors"))[0], framework="pt") as file:
+        names = list(file.keys())
+        assert file.get_tensor(names[0]).dtype is torch.bfloat16
+        assert file.metadata() == {"format": "pt"}
+    stale = {name: torch.zeros(3) for name in names}
+    from safetensors.torch import save_file
+
+    save_file(stale, tmp_path / "model-00001-of-00099.safetensors")
+    read_again(tmp_path, model)
+    sorted(tmp_path.glob("model-00001*"))[0].unlink()
+    with pytest.raises(UserError, match=r"model-00001-of-\d+.safetensors not found, which .*index.json names"):
+        WeightFiles(tmp_path)
+
+
+def test_other_weights_than_safetensors_are_refused(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"has no model.safetensors and no model.safetensors.index.json"):
+        WeightFiles(tmp_path)
+
+
+@pytest.mark.slow
+def test_no_rank_of_four_ever_holds_the_model(tmp_path):
+    dims = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 8192, "head_dim": 64}
+    path = make_directory(tmp_path / "model", **dims)
+    size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    assert size > 200e6
+    out = tmp_path / "out"
+    out.mkdir()
+    script = Path(__file__).parents[2] / "support" / "weights_on_ranks.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--standalone", script]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, path, out], env=environment, check=True, capture_output=True, timeout=120)
+    for file in out.glob("peaks_*.json"):
+        # Its own quarter, and one layer or one file of sixteen.
+        peaks = json.loads(file.read_text())
+        assert {name: peak / size for name, peak in peaks.items() if peak > 0.6 * size} == {}
+    assert len(list(out.glob("peaks_*.json"))) == 4
+    before, after = model_of(path).state_dict(), model_of(out).state_dict()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=0)
