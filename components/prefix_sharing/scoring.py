@@ -29,6 +29,8 @@ class ResponseLogProbs(NamedTuple):
         whole_log_probs (torch.Tensor | None): summed log-prob of each example's first response with its prompt, shape
             ``[E]``; ``[0]`` unless the Row asks for it.
         whole_num_scored (torch.Tensor | None): number of those tokens, likewise.
+        aux_loss (torch.Tensor | None): a scalar that the model itself adds to the loss, with its coefficient: how
+            unevenly the tokens of the Row are shared out among experts. None where there is none.
     """
 
     log_probs: torch.Tensor
@@ -36,6 +38,7 @@ class ResponseLogProbs(NamedTuple):
     confidence: torch.Tensor | None = None
     whole_log_probs: torch.Tensor | None = None
     whole_num_scored: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
 
 
 def response_log_probs(

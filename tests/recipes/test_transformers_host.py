@@ -23,6 +23,7 @@ from runs import (  # noqa: E402
     make_config,
     run_distributed,
     run_in_process,
+    training_log,
     transformers_log_probs,
 )
 
@@ -82,6 +83,24 @@ def test_checkpointing_and_packing_change_nothing(tmp_path, keys):
     run_in_process(tmp_path / "one", **keys_for(path, tmp_path / "one"))
     run_in_process(tmp_path / "other", **keys_for(path, tmp_path / "other", **keys))
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_the_loss_of_routers_is_part_of_the_loss_and_logged(tmp_path):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    path = make_directory(tmp_path / "model", "qwen3_moe", **experts)
+    found = []
+    for checkpointing in (False, True):
+        out = tmp_path / str(checkpointing)
+        keys = keys_for(path, out, max_steps_per_epoch=3, enable_activation_checkpointing=checkpointing, pack_len=512)
+        keys["model"]["router_aux_loss_coef"] = 0.1
+        run_in_process(out, **keys)
+        first, *_ = training_log(out)
+        assert first["aux_loss"] > 0.1  # times the coefficient; 1 for experts that are all used alike
+        assert first["loss"] == pytest.approx(0.693147 + first["aux_loss"], abs=1e-5)
+        found.append(losses(out))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    with pytest.raises(UserError, match=r"model.router_aux_loss_coef.*qwen3 models have no loss of routers"):
+        causal_lm(make_directory(tmp_path / "dense"), router_aux_loss_coef=0.1)
 
 
 def test_a_run_resumes_after_an_epoch(tmp_path):

@@ -66,7 +66,9 @@ def loss_of_row(
     reference: Callable[[Row], torch.Tensor] | None,
     kl: torch.Tensor | None = None,
 ) -> LossOutput:
-    """The loss of a Row, given what it needs and nothing else.
+    """The loss of a Row, given what it needs and nothing else, with the model's own loss where it has one.
+
+    That is spread over the Row's losses such that the mean over a step counts a Row's by what the loss is a mean over.
 
     Args:
         loss (Loss): the loss.
@@ -80,6 +82,11 @@ def loss_of_row(
         LossOutput: not reduced.
     """
     known = None if reference is None else reference(row)
-    if not loss.needs.labels:
-        return loss(output, known, row.pairs)
-    return loss(output, known, row.pairs, labels=row.labels, kl=kl)  # type: ignore[call-arg]
+    if loss.needs.labels:
+        found = loss(output, known, row.pairs, labels=row.labels, kl=kl)  # type: ignore[call-arg]
+    else:
+        found = loss(output, known, row.pairs)
+    if output.aux_loss is None or found.losses.numel() == 0:
+        return found
+    share = row.num_terms(loss.mean_over) / found.losses.numel()
+    return found._replace(losses=found.losses + share * output.aux_loss)

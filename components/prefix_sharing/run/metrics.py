@@ -23,6 +23,8 @@ class StepMetrics:
     ``rewards/accuracies`` is the share of pairs whose chosen response has the higher reward; a tie counts half, so that
     a policy that still equals its reference scores what a coin would.
 
+    ``aux_loss`` is the part of the loss that keeps a mixture's experts evenly used.
+
     Without pairs, desirable responses count as chosen and undesirable ones as rejected, and ``kl`` is the mean over the
     steps.
 
@@ -33,9 +35,10 @@ class StepMetrics:
 
     def __init__(self, device: torch.device, mean_over: str = "pairs") -> None:
         self._mean_over = mean_over
-        names = ("loss", *_OF_CHOSEN, *_OF_REJECTED, *_OF_PAIRS, "num_chosen", "num_rejected", "num_pairs")
+        names = ("loss", "aux_loss", *_OF_CHOSEN, *_OF_REJECTED, *_OF_PAIRS, "num_chosen", "num_rejected", "num_pairs")
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
         self._kl: list[torch.Tensor] = []
+        self._has_aux_loss = False
         self._num_terms = 0
         self._num_examples = 0
         self._num_tokens = 0
@@ -65,7 +68,11 @@ class StepMetrics:
             self._sums[name] += of_row.detach().double().sum()
         for name, count in zip(("num_chosen", "num_rejected", "num_pairs"), counts, strict=True):
             self._sums[name] += count
-        self._num_terms += row.num_terms(self._mean_over)
+        num_terms = row.num_terms(self._mean_over)
+        if output.aux_loss is not None:
+            self._sums["aux_loss"] += output.aux_loss.detach() * num_terms
+            self._has_aux_loss = True
+        self._num_terms += num_terms
         self._num_examples += len(row.example_index)
         self._num_tokens += row.num_tokens
         self._paired_tokens += row.paired_tokens
@@ -98,6 +105,8 @@ class StepMetrics:
         world_size = this_rank().world_size
 
         metrics = {"loss": totals["loss"] / num_terms}
+        if self._has_aux_loss:
+            metrics["aux_loss"] = totals["aux_loss"] / num_terms
         for names, count in (
             (_OF_CHOSEN, totals["num_chosen"]),
             (_OF_REJECTED, totals["num_rejected"]),

@@ -1,6 +1,7 @@
 """Decoders of transformers over trees: log-probs and gradients of the plain computation, or a refusal."""
 
 import copy
+import inspect
 
 import numpy as np
 import pytest
@@ -201,3 +202,39 @@ def test_other_models_than_decoders_are_refused():
         built = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2))
     with pytest.raises(ConfigError, match="GPT2LMHeadModel is not a decoder of text"):
         to_tree_model(built, "chains")
+
+
+@pytest.mark.parametrize("round_length", [None, bucket_length], ids=["tight", "padded"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "olmoe"])
+def test_the_loss_of_routers_is_transformers_own_over_each_token_of_the_tree_once(name, round_length):
+    plain = build(name, output_router_logits=True, router_aux_loss_coef=0.5)
+    examples = make_examples()
+    row = Row.from_examples(examples, options=RowOptions(round_length=round_length))
+    logits: list[list[torch.Tensor]] = [[] for _ in range(plain.config.num_hidden_layers)]
+    for example in examples:
+        shared = 0
+        for response in example:
+            tokens = torch.from_numpy(response.tokens[:-1])[None]  # a tree has no use for the last one
+            of_sequence = plain(input_ids=tokens, use_cache=False, output_router_logits=True).router_logits
+            for of_layer, found in zip(logits, of_sequence, strict=True):
+                of_layer.append(found[shared:])
+            shared = int(response.scored.argmax())  # the prefix counts with the first response
+    loss_of = vars(inspect.getmodule(type(plain)))["load_balancing_loss_func"]
+    whole = tuple(torch.cat(of_layer) for of_layer in logits)
+    assert whole[0].shape[0] == row.num_tokens
+    num_experts = plain.config.num_experts if name != "mixtral" else plain.config.num_local_experts
+    expected = 0.5 * loss_of(whole, num_experts, plain.config.num_experts_per_tok)
+    tree = to_tree_model(copy.deepcopy(plain), "chains")
+    found = tree(row)
+    assert found.aux_loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    found.aux_loss.backward()
+    expected.backward()
+    for (key, ours), theirs in zip(tree.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None:
+            assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-6, key
+
+
+def test_there_is_no_loss_of_routers_unless_it_is_asked_for():
+    row = Row.from_examples(make_examples())
+    assert to_tree_model(build("qwen3_moe"), "chains")(row).aux_loss is None
+    assert to_tree_model(build("llama"), "chains")(row).aux_loss is None

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from prefix_sharing.errors import ConfigError
 from prefix_sharing.hosts.transformers.adapters import add_adapter
 from prefix_sharing.hosts.transformers.files import read_config
 from prefix_sharing.hosts.transformers.self_check import check_arithmetic
@@ -14,11 +15,13 @@ from prefix_sharing.hosts.transformers.self_check import check_arithmetic
 log = logging.getLogger(__name__)
 
 
-def causal_lm(path: str, self_check: bool = True) -> PreTrainedModel:
+def causal_lm(path: str, router_aux_loss_coef: float | None = None, self_check: bool = True) -> PreTrainedModel:
     """Builds a decoder of transformers from its directory, without weights, for a config.
 
     Args:
         path (str): directory with ``config.json``, or a name on the hub.
+        router_aux_loss_coef (float | None): what to multiply the loss with that keeps a mixture's experts evenly used
+            (Fedus et al. 2021), 0 for none. Default: None, as ``config.json`` says by ``output_router_logits``.
         self_check (bool): whether to try on a small random model of its architecture that a tree gives what separate
             sequences give. Default: True.
 
@@ -36,6 +39,11 @@ def causal_lm(path: str, self_check: bool = True) -> PreTrainedModel:
               path: /tmp/Qwen3-0.6B
     """
     config = read_config(path)
+    if router_aux_loss_coef is not None:
+        if not hasattr(config, "router_aux_loss_coef"):
+            problem = f"{config.model_type} models have no loss of routers in transformers; remove it"
+            raise ConfigError("model.router_aux_loss_coef", problem)
+        config.router_aux_loss_coef, config.output_router_logits = router_aux_loss_coef, router_aux_loss_coef > 0
     if self_check:
         with torch.device("cpu"):
             difference = check_arithmetic(config)
@@ -46,6 +54,7 @@ def causal_lm(path: str, self_check: bool = True) -> PreTrainedModel:
 def lora_causal_lm(
     path: str,
     *,
+    router_aux_loss_coef: float | None = None,
     lora_rank: int = 8,
     lora_alpha: int = 16,
     lora_dropout: float = 0.0,
@@ -57,6 +66,7 @@ def lora_causal_lm(
 
     Args:
         path (str): as for ``causal_lm``.
+        router_aux_loss_coef (float | None): as for ``causal_lm``. Default: None.
         lora_rank (int): rank of the adapter, PEFT's ``r``. Default: 8.
         lora_alpha (int): the adapter's output is scaled by ``lora_alpha / lora_rank``. Default: 16.
         lora_dropout (float): dropout before the adapter. Default: 0.0.
@@ -81,7 +91,7 @@ def lora_causal_lm(
               lora_rank: 16
               lora_alpha: 32
     """
-    model = causal_lm(path, self_check)
+    model = causal_lm(path, router_aux_loss_coef, self_check)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     add_adapter(
         model,

@@ -85,12 +85,12 @@ AttentionInterface.register(ATTENTION, _attend)
 AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)  # the masks are in row_masks
 
 
-class _DecoderOrHidden:
-    """A model's decoder, which hands on hidden states that it is given in place of computing them."""
+class _DecoderOrGiven:
+    """A model's decoder, which hands on what it is given in place of computing it."""
 
-    def forward(self, *args: Any, given_hidden: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        if given_hidden is not None:
-            return MoeModelOutputWithPast(last_hidden_state=given_hidden)  # has every field that heads look at
+    def forward(self, *args: Any, given: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        if given is not None:
+            return MoeModelOutputWithPast(**given)  # has every field that heads look at
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -114,8 +114,13 @@ class _MLPAtPredictors:
 
 
 class TreeCausalLM(TreeModel):
-    """A causal language model of transformers, from a Row to the log-probs of its responses."""
+    """A causal language model of transformers, from a Row to the log-probs of its responses.
 
+    Attributes:
+        aux_loss_coef (float): what the loss of a mixture's routers is multiplied with; 0 for none.
+    """
+
+    aux_loss_coef: float
     mask_of: Callable[..., TreeMask]
     host_class: type[PreTrainedModel]
     # What transformers' models have.
@@ -135,13 +140,26 @@ class TreeCausalLM(TreeModel):
             position_ids=row.input_pos,
             use_cache=False,
             row_masks=RowMasks(row, self.mask_of),
+            **{"output_router_logits": True} if self.aux_loss_coef > 0 else {},
         )
         hidden = output.last_hidden_state[0].index_select(0, row.predictor_index)
-        return response_log_probs(self._project, hidden, row, self.vocab_size)
+        found = response_log_probs(self._project, hidden, row, self.vocab_size)
+        if self.aux_loss_coef > 0:
+            found = found._replace(aux_loss=self.aux_loss_coef * self._aux_loss(output, row))
+        return found
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states, ``[n, dim] -> [n, vocab]``, by the model's own code: its caps, scales and biases."""
-        return self.host_class.forward(self, input_ids=None, given_hidden=hidden[None], use_cache=False).logits[0]
+        given = {"last_hidden_state": hidden[None]}
+        return self.host_class.forward(self, input_ids=None, given=given, use_cache=False).logits[0]
+
+    def _aux_loss(self, output: Any, row: Row) -> torch.Tensor:
+        """How unevenly tokens are shared out among experts, by the model's own code; each token of the Row once."""
+        given = {"last_hidden_state": output.last_hidden_state[:, :1], "router_logits": output.router_logits}
+        is_token = torch.arange(row.tokens.shape[1], device=row.tokens.device)[None] < row.num_tokens
+        return self.host_class.forward(
+            self, input_ids=None, attention_mask=is_token, given=given, output_router_logits=True, use_cache=False
+        ).aux_loss
 
     @property
     def layers(self) -> nn.ModuleList:  # type: ignore[override]
@@ -258,19 +276,29 @@ def to_tree_model(
     model.set_attn_implementation(ATTENTION)
     model.config.use_cache = False
     decoder = model.get_decoder()
-    decoder.__class__ = _mixed_with(_DecoderOrHidden, type(decoder))
+    decoder.__class__ = _mixed_with(_DecoderOrGiven, type(decoder))
     mlp = _mlp_of(decoder.layers[-1])
     if mlp is not None and not any("expert" in name or "router" in name for name, _ in mlp.named_modules()):
         mlp.__class__ = _mixed_with(_MLPAtPredictors, type(mlp))
     model.__class__ = _mixed_with(TreeCausalLM, type(model))
     tree_model = cast(TreeCausalLM, model)
+    # In the forward pass, not in that of the head for every chunk.
+    tree_model.aux_loss_coef = model.config.router_aux_loss_coef if uses_aux_loss(model.config) else 0.0
+    model.config.output_router_logits = False
     tree_model.attention_backend = attention_backend
     tree_model.mask_of = mask_builder(attention_backend, kernel_options)
     return tree_model
 
 
+def uses_aux_loss(config: Any) -> bool:
+    """Whether transformers adds a loss of the routers of a mixture of experts, as ``config.json`` says."""
+    return bool(getattr(config, "output_router_logits", False)) and getattr(config, "router_aux_loss_coef", 0.0) > 0
+
+
 def _mixed_with(mixin: type, cls: type) -> type:
-    return type(f"Tree{cls.__name__}", (mixin, cls), {"__module__": cls.__module__, "host_class": cls})
+    # With the name it had, by which transformers knows what a class of its can record.
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (mixin, cls), {**names, "host_class": cls})
 
 
 def _mlp_of(layer: nn.Module) -> nn.Module | None:
