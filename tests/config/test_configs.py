@@ -93,6 +93,65 @@ def test_components_exist_and_the_model_is_covered(name):
     assert to_tree_model(model, "chains").has_adapter == ("lora" in name)
 
 
+QWEN3 = {"vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8}
+GEMMA3 = {"vocab_size": 262_144, "head_dim": 256}
+LLAMA3 = {"vocab_size": 128_256, "num_key_value_heads": 8}
+BY_PATH = {  # config.json of what people tune, hidden_size, intermediate_size, layers, heads; billions of parameters
+    "Qwen3-0.6B": ("qwen3", (1024, 3072, 28, 16), QWEN3 | {"tie_word_embeddings": True}, 0.596),
+    "Qwen3-1.7B": ("qwen3", (2048, 6144, 28, 16), QWEN3 | {"tie_word_embeddings": True}, 1.721),
+    "Qwen3-4B": ("qwen3", (2560, 9728, 36, 32), QWEN3 | {"tie_word_embeddings": True}, 4.022),
+    "Qwen3-8B": ("qwen3", (4096, 12288, 36, 32), QWEN3, 8.191),
+    "Qwen3-14B": ("qwen3", (5120, 17408, 40, 40), QWEN3, 14.768),
+    "Qwen3-32B": ("qwen3", (5120, 25600, 64, 64), QWEN3, 32.762),
+    "Qwen3-30B-A3B": (
+        "qwen3_moe",
+        (2048, 6144, 48, 32),
+        QWEN3 | {"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+        30.532,
+    ),
+    "gemma-3-1b": ("gemma3_text", (1152, 6912, 26, 4), GEMMA3 | {"num_key_value_heads": 1}, 1.0),
+    "gemma-3-4b": ("gemma3_text", (2560, 10240, 34, 8), GEMMA3 | {"num_key_value_heads": 4}, 3.88),
+    "gemma-3-12b": ("gemma3_text", (3840, 15360, 48, 16), GEMMA3 | {"num_key_value_heads": 8}, 11.77),
+    "SmolLM3-3B": ("smollm3", (2048, 11008, 36, 16), LLAMA3 | {"num_key_value_heads": 4}, 3.075),
+    "OLMo-2-7B": ("olmo2", (4096, 11008, 32, 32), {"vocab_size": 100_352, "num_key_value_heads": 32}, 7.299),
+    "Llama-3.1-8B": ("llama", (4096, 14336, 32, 32), LLAMA3, 8.03),
+    "Llama-3.2-1B": ("llama", (2048, 8192, 16, 32), LLAMA3 | {"tie_word_embeddings": True}, 1.236),
+    "Llama-3.2-3B": ("llama", (3072, 8192, 28, 24), LLAMA3 | {"tie_word_embeddings": True}, 3.213),
+    "Mistral-Small-24B": (
+        "mistral",
+        (5120, 32768, 40, 32),
+        {"vocab_size": 131_072, "num_key_value_heads": 8, "head_dim": 128, "sliding_window": None},
+        23.572,
+    ),
+    "phi-4": ("phi3", (5120, 17920, 40, 40), {"vocab_size": 100_352, "num_key_value_heads": 10}, 14.66),
+}
+
+
+@pytest.mark.parametrize("component", ["causal_lm", "lora_causal_lm"])
+@pytest.mark.parametrize("name", BY_PATH)
+def test_what_people_tune_is_covered_by_its_path(name, component, tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5.24")
+    kind, dims, kwargs, billions = BY_PATH[name]
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    cfg = transformers.AutoConfig.for_model(kind, **dict(zip(names, dims, strict=True)), **kwargs, **tokens)
+    cfg.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = config.instantiate(
+            OmegaConf.create(
+                {
+                    "_component_": f"prefix_sharing.hosts.transformers.{component}",
+                    "path": str(tmp_path),
+                    "self_check": False,
+                }
+            )
+        )
+    tree = to_tree_model(model, "chains")
+    assert tree.has_adapter == (component == "lora_causal_lm")
+    frozen_or_not = sum(p.numel() for key, p in tree.named_parameters() if ".lora_" not in key)
+    assert frozen_or_not / 1e9 == pytest.approx(billions, rel=0.01)
+
+
 @pytest.mark.parametrize("name", [name for name in ALL_NAMES if name not in NAMES])
 def test_two_steps_run_with_a_small_model_by_its_path(name, tmp_path):
     pytest.importorskip("transformers", minversion="5.24")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -13,10 +14,13 @@ from safetensors import safe_open
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
 from directories import make_directory  # noqa: E402
+from prefix_sharing.checkpoint import Checkpoint  # noqa: E402
 from prefix_sharing.errors import ConfigError, UserError  # noqa: E402
+from prefix_sharing.hosts.transformers import causal_lm, to_tree_model  # noqa: E402
 from prefix_sharing.hosts.transformers.files import WeightFiles, read_into, write_from  # noqa: E402
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+from prefix_sharing.trees import Response, Row  # noqa: E402
 
 
 def model_of(path):
@@ -51,6 +55,38 @@ def read_again(directory, model):
     tensors = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors_of(model).items()}
     read_into(tensors, WeightFiles(directory), model.config)
     return tensors
+
+
+def test_of_a_model_of_images_the_decoder_of_text_is_read(tmp_path):
+    text = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    kwargs = {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 4, "image_token_index": 92}
+    config = transformers.AutoConfig.for_model("gemma3", **kwargs, boi_token_index=90, eoi_token_index=91)
+    torch.manual_seed(0)
+    whole = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    whole.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        built = causal_lm(str(tmp_path))
+    model = to_tree_model(built, "chains")
+    model.materialize(torch.device("cpu"))
+    files = WeightFiles(tmp_path)
+    assert files.num_left_out > 0
+    model.load_weights(Checkpoint(files), seed=0)
+    tokens = torch.arange(3, 40)
+    row = Row.from_examples([[Response(tokens.numpy(), np.arange(37) >= 20)]])
+    with torch.no_grad():
+        log_probs = whole(input_ids=tokens[None]).logits[0, :-1].log_softmax(-1)
+        expected = log_probs.gather(1, tokens[1:, None])[19:].sum()
+        assert model(row).log_probs.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["t5", "vit"])
+def test_what_is_no_decoder_of_text_is_refused(tmp_path, kind):
+    transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"is no decoder of text: transformers has no {kind} ...ForCausalLM"):
+        causal_lm(str(tmp_path))
 
 
 def test_files_that_do_not_fit_are_refused_by_the_first_tensor(tmp_path):

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
@@ -62,7 +62,7 @@ def local_directory(path: str) -> Path:
 
 
 def read_config(path: str) -> Any:
-    """Transformers' config of a model.
+    """Transformers' config of a model; of a model of images and text, that of its decoder of text.
 
     Args:
         path (str): directory, or name on the hub.
@@ -77,16 +77,24 @@ def read_config(path: str) -> Any:
     if not (directory / "config.json").is_file():
         raise UserError(f"{path} has no config.json; it must be a directory of a model as transformers saves it.")
     try:
-        return AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory).get_text_config(decoder=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no model of transformers: {' '.join(str(error).split())[:300]}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{path} is no decoder of text: transformers has no {config.model_type} ...ForCausalLM.")
+    return config
 
 
 class WeightFiles(Mapping[str, torch.Tensor]):
     """The tensors in a directory's safetensors files, each read when it is asked for.
 
+    Of a model of images and text, those of its decoder of text.
+
     Args:
         directory (Path): the directory.
+
+    Attributes:
+        num_left_out (int): tensors that are not in its decoder of text.
 
     Raises:
         UserError: if there are none.
@@ -98,34 +106,50 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         if index.is_file():
             # The index decides, whatever other files there are.
             names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            self._files = {name: directory / file for name, file in names.items()}
+            files = {name: directory / file for name, file in names.items()}
         elif single.is_file():
             with safe_open(single, framework="pt") as file:
-                self._files = dict.fromkeys(file.keys(), single)
+                files = dict.fromkeys(file.keys(), single)
         else:
             raise UserError(
                 f"{directory} has no {_SINGLE_FILE} and no {_INDEX_FILE}; weights are read from these only."
             )
-        for file in sorted(set(self._files.values())):
+        for file in sorted(set(files.values())):
             if not file.is_file():
                 raise UserError(f"{file} not found, which {index} names.")
+        self._places = {ours: (files[name], name) for name, ours in _names_of_text(files).items()}
+        self.num_left_out = len(files) - len(self._places)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        path, name_there = self._places[name]
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name_there)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._places)
 
     def slices(self) -> dict[str, Any]:
         """What tells the shape of a tensor and reads parts of it, by name."""
         by_file: dict[Path, Any] = {}
-        for path in set(self._files.values()):
+        for path in {path for path, _ in self._places.values()}:
             by_file[path] = safe_open(path, framework="pt")
-        return {name: by_file[path].get_slice(name) for name, path in self._files.items()}
+        return {name: by_file[path].get_slice(name_there) for name, (path, name_there) in self._places.items()}
+
+
+def _names_of_text(names: Iterable[str]) -> dict[str, str]:
+    """The name that a tensor has in the decoder of text, for each that belongs to it."""
+    ours = {}
+    for name in names:
+        before, found, after = name.partition("language_model.")
+        if found and before in ("", "model."):
+            ours[name] = before + after
+        elif name.startswith("lm_head."):
+            ours[name] = name
+    is_composite = any("language_model." in name for name in ours)
+    return ours if is_composite else {name: name for name in names}
 
 
 def read_into(tensors: Mapping[str, torch.Tensor], files: WeightFiles, config: Any) -> None:

@@ -134,7 +134,12 @@ def load_checkpoint(
             epochs_run, content[training.SEED_KEY], content[training.OPT_KEY], content[_LR_SCHEDULER_KEY]
         )
     tensors = {} if adapter is None else read_adapter(Path(adapter))
-    return checkpointer, Checkpoint(WeightFiles(source), tensors, state, source / "config.json")
+    files = WeightFiles(source)
+    if files.num_left_out:
+        log.info(
+            "%s: the decoder of text is trained and saved; %d tensors for images are not", source, files.num_left_out
+        )
+    return checkpointer, Checkpoint(files, tensors, state, source / "config.json")
 
 
 def _read_state(output_dir: Path) -> dict[str, Any]:
@@ -297,6 +302,7 @@ def save_model(model: Any, checkpointer: DirectoryCheckpointer, epoch_dir: Path)
     write_from(tensors, epoch_dir, config, dtype=checkpointer.dtype, complete=without_adapter)
     if is_rank_zero():
         config.dtype = checkpointer.dtype
+        config.architectures = [model.host_class.__name__]
         config.save_pretrained(epoch_dir)
         model.generation_config.save_pretrained(epoch_dir)
 
