@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from prefix_sharing.checkpoint import load_training_state
+from prefix_sharing.checkpoint import load_checkpoint_into
 from prefix_sharing.config import DistributedConfig, instantiate, parse
 from prefix_sharing.distributed import (
     device_mesh,
@@ -48,9 +48,12 @@ from prefix_sharing.run import (
     set_up_logging,
     summarize_run,
 )
+from prefix_sharing.run.directory import find_resumed, locked_output_dir
 from prefix_sharing.run.kl import estimate_kl, kl_of_step, loss_of_row
 from prefix_sharing.run.optimization import FiniteCheck, choose_seed, clip_grad_norm, seed_step
+from prefix_sharing.run.resuming import evaluation_of, forget_later_entries, remembered, stop_run, training_checkpoints
 from prefix_sharing.run.setup import compute_dtype
+from prefix_sharing.run.signals import StopRequest, stop_signals
 from prefix_sharing.scoring import ResponseLogProbs
 from prefix_sharing.trees import Row
 
@@ -80,28 +83,31 @@ class PrefixDPORecipeDistributed:
         self.dataset, self.dataset_val = build_datasets(cfg, tokenizer, self.model, self.loss)
         self.step_loader = build_loader(cfg, self.model, self.loss, self.device)
         self.activations_handling = self.model.offload_activations(cfg.enable_activation_offloading)
-        self.checkpointer, checkpoint = load_checkpoint(
-            "checkpointer", cfg.checkpointer, resume=cfg.resume_from_checkpoint, adapter=cfg.adapter_checkpoint
-        )
-        state = checkpoint.state
-        self.seed = choose_seed(cfg.seed if state is None else state.seed)
+        self.resumed = find_resumed(cfg)
+        self.seed = choose_seed(cfg.seed, self.resumed)
         self.plan = build_plan(cfg, self.dataset, self.model, self.loss, seed=self.seed, ranks=this_rank())
         self.plan_val = build_val_plan(cfg, self.dataset_val, self.model, ranks=this_rank())
         log_plan(self.plan, self.dataset, self.step_loader)
-        self.epochs_run = 0 if state is None else state.epochs_run
-        self.global_step = self.epochs_run * self.plan.steps_per_epoch
+        self.training_checkpoints = training_checkpoints(cfg, self.dataset, self.plan, self.seed, self.resumed)
+        self.global_step = 0 if self.resumed is None else self.resumed.step
         self.num_steps = cfg.epochs * self.plan.steps_per_epoch
         self.optimizer = instantiate("optimizer", cfg.optimizer, self.model.trainable_parameters())
         self.lr_scheduler = build_lr_scheduler(cfg, self.optimizer, self.num_steps)
         self.profiler = build_profiler(cfg)
 
+        self.checkpointer, checkpoint = load_checkpoint(
+            "checkpointer", cfg.checkpointer, adapter=cfg.adapter_checkpoint
+        )
         self.model.load_weights(checkpoint, self.seed)
+        forget_later_entries(cfg, self.resumed)
         if is_rank_zero():
             self.metric_logger = instantiate("metric_logger", cfg.metric_logger)
             self.metric_logger.log_config(OmegaConf.merge(cfg, {"seed": self.seed}))
         self.reference = self.reference_val = None
         if self.loss.needs.reference:
-            visited = self.plan.of_pass(self.plan.examples_visited(self.epochs_run, cfg.epochs))
+            visited = self.plan.of_pass(
+                self.plan.examples_visited(self.global_step // self.plan.steps_per_epoch, cfg.epochs)
+            )
             self.reference, self.reference_val = set_up_reference(
                 cfg,
                 checkpoint,
@@ -112,8 +118,8 @@ class PrefixDPORecipeDistributed:
                 forward=self.forward,
                 step_loader=self.step_loader,
             )
-        if state is not None:
-            load_training_state(state, self.model, self.optimizer, self.lr_scheduler)
+        if self.resumed is not None:
+            load_checkpoint_into(self.resumed, self.model, self.optimizer, self.lr_scheduler)
 
     def new_model(self) -> TreeModel:
         """Allocates a sharded model without weights. They and optimizer state are fp32; layers cast to ``dtype``."""
@@ -157,21 +163,36 @@ class PrefixDPORecipeDistributed:
             self.metric_logger.log_dict(found.metrics, step=self.global_step)
         return found
 
-    def train(self) -> None:
-        """The training loop."""
+    def save_state(self, metrics: StepMetrics) -> None:
+        """Begins to save all that it takes to continue from this step."""
+        values = {"seed": self.seed, "metrics": metrics.state_dict(), "before": remembered(self.before)}
+        self.training_checkpoints.save(self.global_step, self.model, self.optimizer, self.lr_scheduler, values)
+
+    def train(self, stop: StopRequest) -> None:
+        """The training loop.
+
+        Args:
+            stop (StopRequest): whether to stop after a step.
+        """
         cfg = self.cfg
-        before = after = self.evaluate()
+        self.before = self.evaluate() if self.resumed is None else evaluation_of(self.resumed.values["before"])
+        after = self.before
         forward = functools.partial(self.forward, self.model)
         metrics = StepMetrics(self.device, self.loss.mean_over)
+        if self.resumed is not None:
+            metrics.load_state_dict(self.resumed.values["metrics"])
         self.profiler.start()
-        for epoch in range(self.epochs_run, cfg.epochs):
+        for epoch in range(self.global_step // self.plan.steps_per_epoch, cfg.epochs):
+            first_step = self.global_step % self.plan.steps_per_epoch
             progress = tqdm(
                 total=self.plan.steps_per_epoch,
+                initial=first_step,
                 desc=f"Epoch {epoch + 1}/{cfg.epochs}",
                 unit="step",
                 disable=not is_rank_zero(),
             )
-            for step in self.step_loader(self.dataset, self.plan.epoch(epoch), kl_apart=self.loss.needs.kl):
+            steps = self.plan.epoch(epoch)
+            for step in self.step_loader(self.dataset, steps, first_step, kl_apart=self.loss.needs.kl):
                 seed_step(self.seed, self.global_step)
                 finite = FiniteCheck(self.device)
                 kl = kl_of_step(step, forward, self.reference, self.device)
@@ -213,24 +234,26 @@ class PrefixDPORecipeDistributed:
                     with metrics.paused():
                         after = self.evaluate()
                 self.profiler.step()
+                exit_code = stop.exit_code()
+                if self.global_step % self.plan.steps_per_epoch != 0:  # else after the epoch's weights
+                    if exit_code or (cfg.save_every_n_steps and self.global_step % cfg.save_every_n_steps == 0):
+                        self.save_state(metrics)
+                    if exit_code:
+                        stop_run(self.training_checkpoints, self.global_step, exit_code)
+                self.training_checkpoints.poll()
             progress.close()
-            self.epochs_run += 1
             with metrics.paused():
-                save_checkpoint(
-                    self.checkpointer,
-                    self.model,
-                    self.optimizer,
-                    self.lr_scheduler,
-                    epoch=epoch,
-                    seed=self.seed,
-                    cfg=cfg,
-                )
+                save_checkpoint(self.checkpointer, self.model, epoch=epoch, cfg=cfg)
+                self.save_state(metrics)
+            if exit_code and self.global_step < self.num_steps:
+                stop_run(self.training_checkpoints, self.global_step, exit_code)
+        self.training_checkpoints.wait()
         self.profiler.stop()
         if cfg.run_val_every_n_steps is None or self.global_step % cfg.run_val_every_n_steps != 0:
             after = self.evaluate()
         draw_curves(cfg, self.metric_logger)
-        report_margins(cfg, self.dataset_val, before, after)
-        log.info(summarize_run(cfg, self.model, self.dataset, self.global_step, before, after))
+        report_margins(cfg, self.dataset_val, self.before, after)
+        log.info(summarize_run(cfg, self.model, self.dataset, self.global_step, self.before, after))
 
     def cleanup(self) -> None:
         """Closes the log."""
@@ -245,11 +268,13 @@ def recipe_main(cfg: DictConfig) -> None:
     with process_group(device):
         set_up_logging()
         recipe = PrefixDPORecipeDistributed(cfg, device)
-        try:
-            recipe.setup()
-            recipe.train()
-        finally:
-            recipe.cleanup()
+        with locked_output_dir(cfg):
+            try:
+                recipe.setup()
+                with stop_signals() as stop:
+                    recipe.train(stop)
+            finally:
+                recipe.cleanup()
 
 
 if __name__ == "__main__":

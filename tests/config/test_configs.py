@@ -15,6 +15,7 @@ from prefix_sharing.config import DistributedConfig, TrainingConfig, check_confi
 from prefix_sharing.hosts import to_tree_model
 from prefix_sharing.quickstart.pairs import generate_pairs
 from prefix_sharing.run import set_up_device
+from prefix_sharing.run.signals import StopRequest
 
 CONFIG_CLASSES = {"prefix_dpo_single_device": TrainingConfig, "prefix_dpo_distributed": DistributedConfig}
 ALL_NAMES = [name for name in config_names() if cli.recipe_of(find_config(name)) in CONFIG_CLASSES]
@@ -165,7 +166,7 @@ def test_two_steps_run_with_a_small_model_by_its_path(name, tmp_path):
     cfg = check_config(cfg, CONFIG_CLASSES[cli.recipe_of(find_config(name))])
     recipe = PrefixDPORecipeSingleDevice(cfg, set_up_device(cfg))
     recipe.setup()
-    recipe.train()
+    recipe.train(StopRequest())
     recipe.cleanup()
     assert recipe.global_step == 2
 
@@ -175,6 +176,6 @@ def test_two_steps_run_with_a_small_model(name, tmp_path):
     cfg = shrunk(name, tmp_path)
     recipe = PrefixDPORecipeSingleDevice(cfg, set_up_device(cfg))
     recipe.setup()
-    recipe.train()
+    recipe.train(StopRequest())
     recipe.cleanup()
     assert recipe.global_step == 2

@@ -3,7 +3,7 @@
 import pyarrow.parquet as pq
 import pytest
 
-from runs import SHORT, eval_log, load_plain_model, losses, run_distributed, run_in_process, tune_run
+from runs import SHORT, eval_log, load_plain_model, losses, run_distributed, run_in_process, tune_run, went_only_to
 
 KEYS = SHORT | {"dataset.num_pairs": 160, "max_steps_per_epoch": 12, "batch_size": 2}
 
@@ -53,14 +53,16 @@ def test_resuming_on_another_number_of_processes(tmp_path):
     run_in_process(tmp_path / "alone", **KEYS | keys | {"gradient_accumulation_steps": 4})
     expected = losses(tmp_path / "alone")
 
-    # One process saves after the first epoch; two go on from there.
-    out = tmp_path / "parts" / "out"
-    out.parent.mkdir()
-    run_in_process(out, **KEYS | keys | {"gradient_accumulation_steps": 4})
-    run_distributed(
-        tmp_path / "parts", 2, **KEYS | keys | {"gradient_accumulation_steps": 2, "resume_from_checkpoint": True}
-    )
-    assert losses(out)[len(expected) :] == pytest.approx(expected[6:], rel=1e-4)
+    # One process saved after the first epoch; two go on from there, and one from what they saved.
+    two, one = tmp_path / "two", tmp_path / "one"
+    two.mkdir()
+    went_only_to(6, tmp_path / "alone", two / "out")
+    keys |= {"resume": "auto", "save_every_n_steps": 4}
+    run_distributed(two, 2, **KEYS | keys | {"gradient_accumulation_steps": 2})
+    assert losses(two / "out") == pytest.approx(expected, rel=1e-5)
+    went_only_to(8, two / "out", one)
+    run_in_process(one, **KEYS | keys | {"gradient_accumulation_steps": 4})
+    assert losses(one) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow

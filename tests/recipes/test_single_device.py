@@ -14,6 +14,7 @@ from plain import plain_log_probs
 from prefix_sharing.config import TrainingConfig, check_config
 from prefix_sharing.errors import UserError
 from prefix_sharing.quickstart import preference_pairs, tokenizer
+from prefix_sharing.run.signals import StopRequest
 from prefix_sharing.tokenizers import hf_chat_tokenizer
 from runs import (
     eval_log,
@@ -120,51 +121,6 @@ def test_what_needs_more_than_a_sum_does_not_depend_on_rows(tmp_path, name, argu
     )
 
 
-def test_resuming_continues_the_run(tmp_path):
-    whole = run_in_process(tmp_path / "whole", epochs=3)
-    run_in_process(tmp_path / "parts", epochs=3, recipe_class=StopsAfterTwoEpochs)
-    before = losses(tmp_path / "parts")
-    assert before == losses(tmp_path / "whole")[: len(before)]
-
-    resumed = run_in_process(
-        tmp_path / "parts", epochs=3, resume_from_checkpoint=True, seed=5, **{"reference.cache_dir": None}
-    )
-    after = losses(tmp_path / "parts")[len(before) :]
-    assert after == pytest.approx(losses(tmp_path / "whole")[len(before) :], rel=1e-6)
-    assert resumed.global_step == whole.global_step == 12
-    assert resumed.seed == 0
-    # The reference is still the policy that the run began with.
-    ours, theirs = resumed.reference.log_probs, whole.reference.log_probs
-    torch.testing.assert_close(ours[~ours.isnan()], theirs[~ours.isnan()], rtol=1e-5, atol=1e-5)
-    for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
-
-
-class StopsAfterTwoEpochs(prefix_dpo_single_device.PrefixDPORecipeSingleDevice):
-    """As if the run had been killed."""
-
-    def train(self):
-        save = prefix_dpo_single_device.save_checkpoint
-
-        class KilledError(Exception):
-            pass
-
-        def save_and_stop(*args, epoch, **kwargs):
-            save(*args, epoch=epoch, **kwargs)
-            if epoch == 1:
-                raise KilledError
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prefix_dpo_single_device, "save_checkpoint", save_and_stop)
-            with pytest.raises(KilledError):
-                super().train()
-
-
-def test_nothing_to_resume_from_is_said(tmp_path):
-    with pytest.raises(UserError, match="'resume_from_checkpoint': .*recipe_state.pt not found"):
-        run_in_process(tmp_path, resume_from_checkpoint=True)
-
-
 def test_another_checkpoint_can_be_the_reference(tmp_path):
     run_in_process(tmp_path / "first", dataset_val=None, **{"optimizer.lr": 1e-2})
     reference = hf_checkpointer(tmp_path / "first" / "epoch_0", tmp_path / "unused")
@@ -218,7 +174,7 @@ def test_a_run_that_diverges_stops_and_names_step_and_examples(tmp_path):
     recipe = make_recipe(tmp_path, **{"optimizer.lr": 1e30, "lr_scheduler": None, "dataset_val": None})
     recipe.setup()
     with pytest.raises(UserError, match="Training diverged at step 2: the loss is not finite. Its examples are record"):
-        recipe.train()
+        recipe.train(StopRequest())
     assert len(losses(tmp_path)) == 1
     assert not (tmp_path / "epoch_0").exists()
 
@@ -240,7 +196,7 @@ def test_the_examples_whose_loss_is_not_finite_are_named_and_nothing_is_updated(
     with pytest.raises(
         UserError, match=rf"at step 2: the loss is not finite. Its examples are {record} \(seed 0\)\. N"
     ):
-        recipe.train()
+        recipe.train(StopRequest())
     assert all(torch.equal(tensor, saved[name]) for name, tensor in recipe.model.state_dict().items())
 
 
@@ -249,7 +205,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     recipe.setup()
     recipe.model.layers[0].mlp.w1.weight.register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(UserError, match="at step 1: the norm of the gradient is not finite. Its examples are record"):
-        recipe.train()
+        recipe.train(StopRequest())
 
 
 def test_without_clipping_no_gradient_is_changed(tmp_path, monkeypatch):

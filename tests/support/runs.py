@@ -1,6 +1,7 @@
 """Running recipes from tests, and reading what they logged."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
 from prefix_sharing.config import TrainingConfig, check_config, find_config
 from prefix_sharing.reports import curves
 from prefix_sharing.run import set_up_device
+from prefix_sharing.run.signals import StopRequest
 
 # A quickstart that takes seconds: as many keys as it takes, and no more.
 SHORT = {
@@ -60,9 +62,19 @@ def run_in_process(directory, recipe_class=PrefixDPORecipeSingleDevice, **overri
     """Runs the single-device recipe and returns it."""
     recipe = make_recipe(directory, recipe_class, **overrides)
     recipe.setup()
-    recipe.train()
+    recipe.train(StopRequest())
     recipe.cleanup()
     return recipe
+
+
+def went_only_to(step, finished, directory):
+    """Makes of a finished run one that ended after a step of which it has a checkpoint."""
+    shutil.copytree(finished, directory)
+    for checkpoint in (directory / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step_")) > step:
+            shutil.rmtree(checkpoint)
+    assert (directory / "checkpoints" / f"step_{step}").is_dir()
+    return directory
 
 
 def lora(base=MODEL, **arguments):

@@ -1,19 +1,22 @@
 """What a run starts from and what it takes to continue one, whatever library the model is of."""
 
-from prefix_sharing.checkpoint.state import (
-    Checkpoint,
-    TrainingState,
-    full_weights,
-    load_training_state,
-    set_full_weights,
-    training_state,
+from prefix_sharing.checkpoint.state import Checkpoint, complete_directory, full_weights, set_full_weights
+from prefix_sharing.checkpoint.training import (
+    TrainingCheckpoint,
+    TrainingCheckpoints,
+    load_checkpoint_into,
+    newest_checkpoint,
+    read_checkpoint,
 )
 
 __all__ = [
     "Checkpoint",
-    "TrainingState",
+    "TrainingCheckpoint",
+    "TrainingCheckpoints",
+    "complete_directory",
     "full_weights",
-    "load_training_state",
+    "load_checkpoint_into",
+    "newest_checkpoint",
+    "read_checkpoint",
     "set_full_weights",
-    "training_state",
 ]

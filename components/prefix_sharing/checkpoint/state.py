@@ -1,39 +1,23 @@
-"""Weights and training state as full tensors, gathered from a model that may be sharded and put back into one."""
+"""Weights as full tensors, gathered from a model that may be sharded and put back into one, and where they go."""
 
-from collections.abc import Mapping
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
+from prefix_sharing.distributed import is_rank_zero, wait_for_all_ranks
+from prefix_sharing.errors import UserError
 
-@dataclass(frozen=True, eq=False)
-class TrainingState:
-    """What it takes to continue a run, in addition to the weights.
-
-    Attributes:
-        epochs_run (int): epochs that are finished.
-        seed (int): the run's seed.
-        optimizer (dict[str, Any]): full optimizer state; empty on ranks other than 0.
-        lr_scheduler (dict[str, Any] | None): the schedule's state, if there is one.
-    """
-
-    epochs_run: int
-    seed: int
-    optimizer: dict[str, Any]
-    lr_scheduler: dict[str, Any] | None
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,13 +28,11 @@ class Checkpoint:
         weights (Mapping[str, torch.Tensor]): the model's: on rank 0's CPU and none on other ranks, or in files that
             every rank reads.
         adapter (dict[str, torch.Tensor]): those of a trained adapter; empty where there is none.
-        state (TrainingState | None): None unless a run is resumed.
         config_file (Path | None): the ``config.json`` that says what model the weights are of, if there is one.
     """
 
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     adapter: dict[str, torch.Tensor] = field(default_factory=dict)
-    state: TrainingState | None = None
     config_file: Path | None = None
 
 
@@ -81,44 +63,42 @@ def set_full_weights(model: nn.Module, weights: dict[str, Any], *, strict: bool 
     set_model_state_dict(model, weights, options=options)
 
 
-def training_state(
-    model: nn.Module, optimizer: Optimizer, lr_scheduler: LRScheduler | None, *, epochs_run: int, seed: int
-) -> TrainingState:
-    """Gathers what it takes to continue; a collective.
+@contextlib.contextmanager
+def complete_directory(directory: Path) -> Iterator[Path]:
+    """A directory to write to, which gets its name when the body has ended, on every rank; a collective.
+
+    Whoever looks finds all of it or, as long as it is not complete, what was there before.
 
     Args:
-        model (nn.Module): the model.
-        optimizer (Optimizer): its optimizer.
-        lr_scheduler (LRScheduler | None): its schedule.
-        epochs_run (int): epochs that are finished.
-        seed (int): the run's seed.
+        directory (Path): its name; what is there is replaced.
 
-    Returns:
-        TrainingState: the state.
+    Yields:
+        Path: an empty directory beside it.
+
+    Raises:
+        UserError: if it cannot be written.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return TrainingState(
-        epochs_run=epochs_run,
-        seed=seed,
-        optimizer=get_optimizer_state_dict(model, optimizer, options=options),
-        lr_scheduler=None if lr_scheduler is None else lr_scheduler.state_dict(),
-    )
-
-
-def load_training_state(
-    state: TrainingState, model: nn.Module, optimizer: Optimizer, lr_scheduler: LRScheduler | None
-) -> None:
-    """Puts optimizer and schedule back to where ``training_state`` found them; a collective.
-
-    Args:
-        state (TrainingState): the state.
-        model (nn.Module): the model.
-        optimizer (Optimizer): its optimizer.
-        lr_scheduler (LRScheduler | None): its schedule.
-    """
-    set_optimizer_state_dict(model, optimizer, state.optimizer, options=_from_rank_zero())
-    if lr_scheduler is not None and state.lr_scheduler is not None:
-        lr_scheduler.load_state_dict(state.lr_scheduler)
+    unfinished, before = (directory.with_name(f"{directory.name}.{what}") for what in ("writing", "before"))
+    try:
+        if is_rank_zero():
+            for left_over in (unfinished, before):
+                shutil.rmtree(left_over, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        wait_for_all_ranks()
+        yield unfinished
+        wait_for_all_ranks()
+        if is_rank_zero():
+            if directory.exists():
+                directory.rename(before)
+            unfinished.rename(directory)
+            shutil.rmtree(before, ignore_errors=True)
+            log.info("Checkpoint saved to %s", directory)
+        wait_for_all_ranks()
+    except (OSError, SafetensorError) as error:
+        if is_rank_zero():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        free = shutil.disk_usage(directory.parent).free / 1e9
+        raise UserError(f"{directory} could not be written ({error}); {free:.1f} GB are free there.") from error
 
 
 def _from_rank_zero() -> StateDictOptions:

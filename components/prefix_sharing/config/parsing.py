@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import signal
 import sys
 import time
 import traceback
@@ -80,3 +81,6 @@ def readable_errors() -> Iterator[None]:
         where = f"rank {rank}: " if "RANK" in os.environ else ""
         print(f"Error: {where}{what}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was begun that would have to be saved.", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)

@@ -167,12 +167,21 @@ class TrainingConfig:
     log_peak_memory_stats: bool = False
     """Whether to log peak memory, and that of parameters, gradients and optimizer state."""
     adapter_checkpoint: str | None = None
-    """An ``adapter_model.pt`` that a model with an adapter begins with; the reference then includes it. Without it the
-    adapter is fresh, and the base model is the reference."""
+    """What a model with an adapter begins with: an ``adapter_model.pt`` of torchtune's or, for a model of transformers,
+    a directory of PEFT's; the reference then includes it. Without it the adapter is fresh, and the base model is the
+    reference."""
     save_adapter_weights_only: bool = True
     """False also saves the model that base and adapter make together."""
-    resume_from_checkpoint: bool = False
-    """Continues from the last epoch saved in ``checkpointer.output_dir``."""
+    save_every_n_steps: int | None = at_least(1, default=100)
+    """Steps between training checkpoints, which are saved to ``output_dir/checkpoints`` while training goes on; there
+    is one after every epoch in any case, and only there if this is null."""
+    keep_last_n: int = at_least(1, default=2)
+    """Training checkpoints that stay; each has the trained weights and the state of the optimizer."""
+    resume: str | None = None
+    """``auto`` continues from the newest training checkpoint in ``output_dir`` that is whole, or starts from the
+    beginning if there is none; a directory continues from that one."""
+    overwrite_output_dir: bool = False
+    """Whether a run that starts from the beginning may replace another one's training checkpoints."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """Where reference log-probs come from: the keys below."""
 

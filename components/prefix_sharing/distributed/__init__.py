@@ -2,6 +2,7 @@
 
 from prefix_sharing.distributed.ranks import (
     Ranks,
+    all_gather_objects,
     broadcast_from_rank_zero,
     broadcast_object,
     check_processes_joined,
@@ -23,6 +24,7 @@ from prefix_sharing.distributed.sharding import (
 
 __all__ = [
     "Ranks",
+    "all_gather_objects",
     "broadcast_from_rank_zero",
     "broadcast_object",
     "check_processes_joined",

@@ -109,6 +109,22 @@ def broadcast_object(value: Any) -> Any:
     return values[0]
 
 
+def all_gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, on every rank, in their order.
+
+    Args:
+        value (Any): anything small that can be pickled.
+
+    Returns:
+        list[Any]: as long as there are ranks.
+    """
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def broadcast_from_rank_zero(tensor: torch.Tensor) -> torch.Tensor:
     """Rank 0's values, on every rank.
 

@@ -6,8 +6,6 @@ from typing import Any, cast
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchtune.training import set_default_dtype
 
 from prefix_sharing.attention import AttentionBackend
@@ -62,18 +60,14 @@ def to_tree_model(
     return torchtune.to_tree_model(model, attention_backend, kernel_options)
 
 
-def load_checkpoint(
-    key: str, node: DictConfig, *, resume: bool = False, adapter: str | None = None
-) -> tuple[Any, Checkpoint]:
+def load_checkpoint(key: str, node: DictConfig, *, adapter: str | None = None) -> tuple[Any, Checkpoint]:
     """Finds or reads what a run starts from, by a host's checkpointer.
 
     Args:
         key (str): the config's key, for messages.
         node (DictConfig): its value.
-        resume (bool): whether to read the last epoch saved in its ``output_dir``, with the training state.
-            Default: False.
-        adapter (str | None): path of a trained adapter, a file of torchtune's or a directory of PEFT's, to begin with
-            unless the run resumes. Default: None.
+        adapter (str | None): path of a trained adapter to begin with, a file of torchtune's or a directory of PEFT's.
+            Default: None.
 
     Returns:
         tuple[Any, Checkpoint]: the checkpointer, which may be None on ranks other than 0, and the checkpoint.
@@ -81,7 +75,7 @@ def load_checkpoint(
     Raises:
         UserError: if there is no such checkpoint.
     """
-    return _host_of(node).load_checkpoint(key, node, resume=resume, adapter=adapter)
+    return _host_of(node).load_checkpoint(key, node, adapter=adapter)
 
 
 def load_trained_checkpoint(key: str, node: DictConfig, epoch: int) -> Checkpoint:
@@ -101,29 +95,16 @@ def load_trained_checkpoint(key: str, node: DictConfig, epoch: int) -> Checkpoin
     return _host_of(node).load_trained_checkpoint(key, node, epoch)
 
 
-def save_checkpoint(
-    checkpointer: Any,
-    model: TreeModel,
-    optimizer: Optimizer,
-    lr_scheduler: LRScheduler | None,
-    *,
-    epoch: int,
-    seed: int,
-    cfg: DictConfig,
-) -> None:
-    """Writes a model as its library does and, unless training is done, what it takes to continue; a collective.
+def save_checkpoint(checkpointer: Any, model: TreeModel, *, epoch: int, cfg: DictConfig) -> None:
+    """Writes a model as its library does; a collective.
 
     Args:
         checkpointer (Any): what ``load_checkpoint`` returned.
         model (TreeModel): the model, sharded or not.
-        optimizer (Optimizer): its optimizer.
-        lr_scheduler (LRScheduler | None): its schedule.
         epoch (int): the epoch that is finished, from 0.
-        seed (int): the run's seed.
         cfg (DictConfig): the run's config.
     """
-    host = _host_of(cfg.checkpointer)
-    host.save_checkpoint(checkpointer, model, optimizer, lr_scheduler, epoch=epoch, seed=seed, cfg=cfg)
+    _host_of(cfg.checkpointer).save_checkpoint(checkpointer, model, epoch=epoch, cfg=cfg)
 
 
 def _host_of(node: DictConfig) -> Any:

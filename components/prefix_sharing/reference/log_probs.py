@@ -96,7 +96,9 @@ def set_up_reference(
     Returns:
         list[Reference | None]: for each data set a function of a Row.
     """
-    other = _load_reference_checkpoint(cfg)
+    other = None
+    if cfg.ref_checkpointer is not None:
+        other = load_checkpoint("ref_checkpointer", cfg.ref_checkpointer)[1]
     if not cfg.reference.precompute:
         if model.has_adapter and cfg.ref_checkpointer is None and cfg.adapter_checkpoint is None:
             return [FrozenReference(functools.partial(_without_adapter, forward, model))] * len(passes)
@@ -225,15 +227,3 @@ def reference_log_probs(
                 log.warning("%s cannot be written (%s); continuing without it.", cache.directory, error.strerror)
             written, last_write = i + 1, time.monotonic()
     return KnownReference(log_probs)
-
-
-def _load_reference_checkpoint(cfg: DictConfig) -> Checkpoint | None:
-    """The reference's checkpoint, where it is not what the run itself starts from.
-
-    A run that resumes has the policy it first began with as its reference, not the one it continues from.
-    """
-    if cfg.ref_checkpointer is not None:
-        return load_checkpoint("ref_checkpointer", cfg.ref_checkpointer)[1]
-    if cfg.resume_from_checkpoint:
-        return load_checkpoint("checkpointer", cfg.checkpointer, adapter=cfg.adapter_checkpoint)[1]
-    return None

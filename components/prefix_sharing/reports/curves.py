@@ -101,7 +101,7 @@ def draw_curves(cfg: DictConfig, metric_logger: Any) -> None:
     if not isinstance(metric_logger, DiskLogger):
         return
     own = metric_logger.path_to_log_file()
-    files = sorted(own.parent.glob("log_*.txt")) if cfg.resume_from_checkpoint else [own]
+    files = sorted(own.parent.glob("log_*.txt")) if cfg.resume is not None else [own]
     entries = read_log_of_last_run(files)
     if entries:
         loss, dataset = (component_name(cfg[key]) for key in ("loss", "dataset"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from prefix_sharing.distributed import sum_over_ranks, this_rank
+from prefix_sharing.distributed import is_rank_zero, sum_over_ranks, this_rank
 from prefix_sharing.losses import LossOutput, take_pairs
 from prefix_sharing.scoring import ResponseLogProbs
 from prefix_sharing.trees import Row
@@ -87,6 +87,31 @@ class StepMetrics:
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been added so far over all ranks, as JSON can say it: a collective."""
+        counts = [self._num_terms, self._num_examples, self._num_tokens, self._paired_tokens]
+        of_rows = torch.stack(list(self._sums.values()))
+        sums = sum_over_ranks(torch.cat([of_rows, of_rows.new_tensor(counts)])).tolist()
+        kl = [value.item() for value in self._kl]
+        return {"sums": sums, "kl": kl, "aux": self._has_aux_loss, "seconds": time.perf_counter() - self._start}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what ``state_dict`` returned, on any number of ranks.
+
+        Args:
+            state (Mapping[str, Any]): the state.
+        """
+        self._start = time.perf_counter() - state["seconds"]
+        self._has_aux_loss = state["aux"]
+        device = self._sums["loss"].device
+        self._kl = [torch.tensor(value, dtype=torch.float64, device=device) for value in state["kl"]]
+        if is_rank_zero():  # whose sums count once
+            *of_rows, num_terms, num_examples, num_tokens, paired_tokens = state["sums"]
+            for name, value in zip(self._sums, of_rows, strict=True):
+                self._sums[name] += value
+            self._num_terms, self._num_examples = int(num_terms), int(num_examples)
+            self._num_tokens, self._paired_tokens = int(num_tokens), int(paired_tokens)
 
     def compute(self) -> dict[str, float]:
         """The metrics over all ranks: a collective, so every rank has to call it.

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from prefix_sharing.checkpoint import TrainingCheckpoint
 from prefix_sharing.datasets import PrefixPreferenceDataset, StepRows
 from prefix_sharing.distributed import broadcast_object, sum_over_ranks, this_rank
 from prefix_sharing.errors import UserError
@@ -17,15 +18,18 @@ log = logging.getLogger(__name__)
 _EXAMPLES_TO_NAME = 8
 
 
-def choose_seed(seed: int | None) -> int:
-    """The run's seed: the config's, or one that is drawn and logged.
+def choose_seed(seed: int | None, resumed: TrainingCheckpoint | None = None) -> int:
+    """The run's seed: the config's, or else that of the run which is continued, or one that is drawn and logged.
 
     Args:
         seed (int | None): the config's.
+        resumed (TrainingCheckpoint | None): what the run continues from. Default: None.
 
     Returns:
         int: the same on every rank.
     """
+    if seed is None and resumed is not None:
+        seed = resumed.values["seed"]
     if seed is None:
         seed = broadcast_object(int(np.random.SeedSequence().generate_state(1)[0]))
         log.info("seed: %d", seed)

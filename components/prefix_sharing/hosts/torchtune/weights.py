@@ -8,13 +8,11 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchtune import training
 
-from prefix_sharing.checkpoint import Checkpoint, TrainingState, full_weights, set_full_weights, training_state
+from prefix_sharing.checkpoint import Checkpoint, complete_directory, full_weights, set_full_weights
 from prefix_sharing.config import explained, instantiate
-from prefix_sharing.distributed import broadcast_object, is_rank_zero, wait_for_all_ranks
+from prefix_sharing.distributed import is_rank_zero, wait_for_all_ranks
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.hosts.fitting import check_tensors_fit
 from prefix_sharing.hosts.torchtune.adapters import (
@@ -31,26 +29,19 @@ from prefix_sharing.hosts.torchtune.quantization import dequantized, load_quanti
 
 log = logging.getLogger(__name__)
 
-_LR_SCHEDULER_KEY = "lr_scheduler"
-
 _PEFT_FILE = "adapter_model.safetensors"
 
 _GEMMA2_EXCHANGED = {"mlp_norm.scale": "mlp_scale.scale", "mlp_scale.scale": "mlp_norm.scale"}
 """Gemma 2's norms before and after the MLP, which torchtune 0.6.1 takes for one another."""
 
 
-def load_checkpoint(
-    key: str, node: DictConfig, *, resume: bool = False, adapter: str | None = None
-) -> tuple[Any, Checkpoint]:
+def load_checkpoint(key: str, node: DictConfig, *, adapter: str | None = None) -> tuple[Any, Checkpoint]:
     """Builds a checkpointer and reads its checkpoint, both on rank 0 only.
 
     Args:
         key (str): the config's key, for messages.
         node (DictConfig): its value.
-        resume (bool): whether to read the last epoch saved in its ``output_dir``, with the training state.
-            Default: False.
-        adapter (str | None): path of a trained adapter in torchtune's format, to begin with unless the run resumes.
-            Default: None.
+        adapter (str | None): path of a trained adapter in torchtune's format, to begin with. Default: None.
 
     Returns:
         tuple[Any, Checkpoint]: the checkpointer and what it read; on other ranks None and a checkpoint without tensors.
@@ -61,33 +52,18 @@ def load_checkpoint(
     checkpointer: Any = None
     checkpoint = Checkpoint()
     if is_rank_zero():
-        overrides = _weights_of_last_epoch(Path(node.output_dir)) if resume else {}
-        checkpointer = instantiate(key, node, should_load_recipe_state=resume, **overrides)
+        checkpointer = instantiate(key, node)
         with explained(key, node._component_):
             read = checkpointer.load_checkpoint()
-        if adapter is not None and not resume:
+        if adapter is not None:
             with explained("adapter_checkpoint"):
                 read[training.ADAPTER_KEY] = torch.load(adapter, map_location="cpu", weights_only=True)
-        state = None
-        if resume:
-            state = TrainingState(
-                epochs_run=read[training.EPOCHS_KEY],
-                seed=read[training.SEED_KEY],
-                optimizer=read[training.OPT_KEY],
-                lr_scheduler=read[_LR_SCHEDULER_KEY],
-            )
         checkpoint = Checkpoint(
             _gemma2_norms_in_place(checkpointer, read[training.MODEL_KEY]),
             read.get(training.ADAPTER_KEY, {}),
-            state,
             config_file_of(checkpointer),
         )
     wait_for_all_ranks()
-    state = checkpoint.state
-    known = broadcast_object(None if state is None else (state.epochs_run, state.seed, state.lr_scheduler))
-    if known is not None and not is_rank_zero():
-        epochs_run, seed, lr_scheduler = known
-        checkpoint = Checkpoint(state=TrainingState(epochs_run, seed, {}, lr_scheduler))
     return checkpointer, checkpoint
 
 
@@ -142,17 +118,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, seed: int) -> None:
     set_full_weights(model, state_dict, strict=strict)
 
 
-def save_checkpoint(
-    checkpointer: Any,
-    model: nn.Module,
-    optimizer: Optimizer,
-    lr_scheduler: LRScheduler | None,
-    *,
-    epoch: int,
-    seed: int,
-    cfg: DictConfig,
-) -> None:
-    """Writes the weights in the checkpointer's format and, unless training is done, what it takes to continue.
+def save_checkpoint(checkpointer: Any, model: nn.Module, *, epoch: int, cfg: DictConfig) -> None:
+    """Writes the weights in the checkpointer's format, under their name when all of them are there.
 
     Of a model with an adapter, the adapter alone, in torchtune's format and in PEFT's, and with
     ``save_adapter_weights_only: False`` also the model it makes of the base; PEFT's files are in ``adapter`` then.
@@ -160,13 +127,9 @@ def save_checkpoint(
     Args:
         checkpointer (Any): one of torchtune's.
         model (nn.Module): the model, sharded or not.
-        optimizer (Optimizer): its optimizer.
-        lr_scheduler (LRScheduler | None): its schedule.
         epoch (int): the epoch that is finished, from 0.
-        seed (int): the run's seed.
         cfg (DictConfig): the run's config.
     """
-    is_last = epoch + 1 == cfg.epochs
     adapter_only = has_adapter(model) and cfg.save_adapter_weights_only
     # The frozen base need not be gathered where the adapter alone is saved.
     weights = full_weights(model, trainable_only=adapter_only)
@@ -179,24 +142,25 @@ def save_checkpoint(
             weights = merged(model, weights | dequantized(model))
     if not adapter_only:
         content[training.MODEL_KEY] = _gemma2_norms_in_place(checkpointer, weights)
-    if not is_last:
-        state = training_state(model, optimizer, lr_scheduler, epochs_run=epoch + 1, seed=seed)
-        content |= {
-            training.OPT_KEY: state.optimizer,
-            _LR_SCHEDULER_KEY: state.lr_scheduler,
-            training.EPOCHS_KEY: state.epochs_run,
-            training.SEED_KEY: state.seed,
-        }
-    if is_rank_zero():
-        checkpointer.save_checkpoint(
-            content, epoch=epoch, intermediate_checkpoint=not is_last, adapter_only=adapter_only
-        )
-        epoch_dir = Path(cfg.checkpointer.output_dir) / f"epoch_{epoch}"
-        if has_adapter(model) and (epoch_dir / _PEFT_FILE).exists():
-            correct_peft_file(epoch_dir / _PEFT_FILE, adapter, model)
-        complete_export(epoch_dir, config_file_of(checkpointer), adapter_only=adapter_only)
-        log.info("Checkpoint saved to %s", epoch_dir)
-    wait_for_all_ranks()
+    with complete_directory(Path(cfg.checkpointer.output_dir) / f"epoch_{epoch}") as epoch_dir:
+        if is_rank_zero():
+            _write(checkpointer, content, epoch, epoch_dir, adapter_only)
+            if has_adapter(model) and (epoch_dir / _PEFT_FILE).exists():
+                correct_peft_file(epoch_dir / _PEFT_FILE, adapter, model)
+            complete_export(epoch_dir, config_file_of(checkpointer), adapter_only=adapter_only)
+
+
+def _write(checkpointer: Any, content: dict[str, Any], epoch: int, directory: Path, adapter_only: bool) -> None:
+    """Has a checkpointer write to a directory of another name than the one it would choose."""
+    output_dir = checkpointer._output_dir
+    checkpointer._output_dir = directory
+    try:
+        checkpointer.save_checkpoint(content, epoch=epoch, intermediate_checkpoint=False, adapter_only=adapter_only)
+    finally:
+        checkpointer._output_dir = output_dir
+    for file in list((directory / f"epoch_{epoch}").iterdir()):
+        file.replace(directory / file.name)
+    (directory / f"epoch_{epoch}").rmdir()
 
 
 def _gemma2_norms_in_place(checkpointer: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -208,26 +172,6 @@ def _gemma2_norms_in_place(checkpointer: Any, weights: dict[str, torch.Tensor]) 
         norm = name.split(".", 2)[-1]  # after layers.0.
         in_place[name.removesuffix(norm) + _GEMMA2_EXCHANGED.get(norm, norm)] = tensor
     return in_place
-
-
-def _weights_of_last_epoch(output_dir: Path) -> dict[str, Any]:
-    """Which weights belong to the training state in ``output_dir``, for a checkpointer, relative to the directory."""
-    state_file = output_dir / "recipe_state" / "recipe_state.pt"
-    if not state_file.is_file():
-        problem = (
-            f"{state_file} not found; training state is saved after every epoch but the last. Set it to False to start "
-            "from the beginning"
-        )
-        raise ConfigError("resume_from_checkpoint", problem)
-    epochs_done = torch.load(state_file, map_location="cpu", weights_only=True, mmap=True)[training.EPOCHS_KEY]
-    epoch_dir = output_dir / f"epoch_{epochs_done - 1}"
-    adapter = epoch_dir / "adapter_model.pt"
-    if adapter.exists():  # over the base model that the config names
-        log.info("Resuming after epoch %d from %s", epochs_done, adapter)
-        return {"adapter_checkpoint": str(adapter.relative_to(output_dir))}
-    files = _weight_files(epoch_dir)
-    log.info("Resuming after epoch %d from %s", epochs_done, epoch_dir)
-    return {"checkpoint_files": [str(file.relative_to(output_dir)) for file in files]}
 
 
 def _weight_files(epoch_dir: Path) -> list[Path]:

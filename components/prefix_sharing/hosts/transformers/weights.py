@@ -9,13 +9,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torchtune import training
 
-from prefix_sharing.checkpoint import Checkpoint, TrainingState, full_weights, training_state
+from prefix_sharing.checkpoint import Checkpoint, complete_directory, full_weights
 from prefix_sharing.config import instantiate
-from prefix_sharing.distributed import is_rank_zero, wait_for_all_ranks
+from prefix_sharing.distributed import is_rank_zero
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.hosts.fitting import check_tensors_fit
 from prefix_sharing.hosts.transformers.adapters import (
@@ -36,10 +33,6 @@ from prefix_sharing.hosts.transformers.files import WeightFiles, local_directory
 log = logging.getLogger(__name__)
 
 _DTYPES = {None: torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-_STATE_FILE = Path("recipe_state") / "recipe_state.pt"
-
-_LR_SCHEDULER_KEY = "lr_scheduler"
 
 _COMPANIONS = (
     "generation_config.json",
@@ -100,18 +93,13 @@ def checkpointer(path: str, output_dir: str, save_dtype: str | None = None) -> D
     return DirectoryCheckpointer(path, Path(output_dir), _DTYPES[save_dtype])
 
 
-def load_checkpoint(
-    key: str, node: DictConfig, *, resume: bool = False, adapter: str | None = None
-) -> tuple[Any, Checkpoint]:
+def load_checkpoint(key: str, node: DictConfig, *, adapter: str | None = None) -> tuple[Any, Checkpoint]:
     """Finds a checkpoint's files, whose tensors each rank reads when it has a model to put them into.
 
     Args:
         key (str): the config's key, for messages.
         node (DictConfig): its value.
-        resume (bool): whether to read the last epoch saved in its ``output_dir``, with the training state.
-            Default: False.
-        adapter (str | None): directory of a trained adapter as PEFT saves it, to begin with unless the run resumes.
-            Default: None.
+        adapter (str | None): directory of a trained adapter as PEFT saves it, to begin with. Default: None.
 
     Returns:
         tuple[Any, Checkpoint]: the checkpointer and the checkpoint.
@@ -120,40 +108,14 @@ def load_checkpoint(
         UserError: if there is no such checkpoint.
     """
     checkpointer: DirectoryCheckpointer = instantiate(key, node)
-    source, state = local_directory(checkpointer.path), None
-    if resume:
-        content = _read_state(checkpointer.output_dir)
-        epochs_run = content[training.EPOCHS_KEY]
-        epoch_dir = checkpointer.output_dir / f"epoch_{epochs_run - 1}"
-        log.info("Resuming after epoch %d from %s", epochs_run, epoch_dir)
-        if (epoch_dir / ADAPTER_FILE).exists():
-            adapter = str(epoch_dir)
-        else:
-            source = epoch_dir
-        state = TrainingState(
-            epochs_run, content[training.SEED_KEY], content[training.OPT_KEY], content[_LR_SCHEDULER_KEY]
-        )
+    source = local_directory(checkpointer.path)
     tensors = {} if adapter is None else read_adapter(Path(adapter))
     files = WeightFiles(source)
     if files.num_left_out:
         log.info(
             "%s: the decoder of text is trained and saved; %d tensors for images are not", source, files.num_left_out
         )
-    return checkpointer, Checkpoint(files, tensors, state, source / "config.json")
-
-
-def _read_state(output_dir: Path) -> dict[str, Any]:
-    file = output_dir / _STATE_FILE
-    if not file.is_file():
-        problem = (
-            f"{file} not found; training state is saved after every epoch but the last. Set it to False to start "
-            "from the beginning"
-        )
-        raise ConfigError("resume_from_checkpoint", problem)
-    content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    if not is_rank_zero():  # which hands out the optimizer's state
-        content[training.OPT_KEY] = {}
-    return content
+    return checkpointer, Checkpoint(files, tensors, source / "config.json")
 
 
 def load_trained_checkpoint(key: str, node: DictConfig, epoch: int) -> Checkpoint:
@@ -224,17 +186,8 @@ def _laid_out_like(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def save_checkpoint(
-    checkpointer: DirectoryCheckpointer,
-    model: Any,
-    optimizer: Optimizer,
-    lr_scheduler: LRScheduler | None,
-    *,
-    epoch: int,
-    seed: int,
-    cfg: DictConfig,
-) -> None:
-    """Writes a complete directory and, unless training is done, what it takes to continue; a collective.
+def save_checkpoint(checkpointer: DirectoryCheckpointer, model: Any, *, epoch: int, cfg: DictConfig) -> None:
+    """Writes a complete directory, under its name when it is complete; a collective.
 
     Of a model with an adapter, the adapter alone, as PEFT does, and with ``save_adapter_weights_only: False`` the model
     it makes of the base; the adapter is in ``adapter`` then.
@@ -242,39 +195,20 @@ def save_checkpoint(
     Args:
         checkpointer (DirectoryCheckpointer): says where.
         model (Any): the model, sharded or not.
-        optimizer (Optimizer): its optimizer.
-        lr_scheduler (LRScheduler | None): its schedule.
         epoch (int): the epoch that is finished, from 0.
-        seed (int): the run's seed.
         cfg (DictConfig): the run's config.
     """
-    epoch_dir = checkpointer.output_dir / f"epoch_{epoch}"
-    epoch_dir.mkdir(parents=True, exist_ok=True)
-    adapter_only = has_adapter(model) and cfg.save_adapter_weights_only
-    if has_adapter(model):
-        adapter = full_weights(model, trainable_only=True)
+    with complete_directory(checkpointer.output_dir / f"epoch_{epoch}") as epoch_dir:
+        adapter_only = has_adapter(model) and cfg.save_adapter_weights_only
+        if has_adapter(model):
+            adapter = full_weights(model, trainable_only=True)
+            if is_rank_zero():
+                where = epoch_dir if adapter_only else epoch_dir / "adapter"
+                save_adapter(where, model, adapter, checkpointer.path)
+        if not adapter_only:
+            save_model(model, checkpointer, epoch_dir)
         if is_rank_zero():
-            where = epoch_dir if adapter_only else epoch_dir / "adapter"
-            save_adapter(where, model, adapter, checkpointer.path)
-    if not adapter_only:
-        save_model(model, checkpointer, epoch_dir)
-    if is_rank_zero():
-        _copy_companions(local_directory(checkpointer.path), epoch_dir)
-    if epoch + 1 < cfg.epochs:
-        state = training_state(model, optimizer, lr_scheduler, epochs_run=epoch + 1, seed=seed)
-        if is_rank_zero():
-            content = {
-                training.OPT_KEY: state.optimizer,
-                _LR_SCHEDULER_KEY: state.lr_scheduler,
-                training.EPOCHS_KEY: state.epochs_run,
-                training.SEED_KEY: state.seed,
-            }
-            state_file = checkpointer.output_dir / _STATE_FILE
-            state_file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(content, state_file)
-    if is_rank_zero():
-        log.info("Checkpoint saved to %s", epoch_dir)
-    wait_for_all_ranks()
+            _copy_companions(local_directory(checkpointer.path), epoch_dir)
 
 
 def save_model(model: Any, checkpointer: DirectoryCheckpointer, epoch_dir: Path) -> None:

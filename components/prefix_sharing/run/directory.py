@@ -1,0 +1,117 @@
+"""The ``output_dir`` of a run: one process tree at a time writes to it, and what is in it belongs to one run."""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from prefix_sharing.checkpoint import TrainingCheckpoint, newest_checkpoint, read_checkpoint
+from prefix_sharing.distributed import broadcast_object, is_rank_zero
+from prefix_sharing.errors import ConfigError
+
+CHECKPOINTS = "checkpoints"
+"""Where training checkpoints are, below ``output_dir``."""
+
+_LOCK, _RUN = "run.lock", "run.json"
+
+
+@contextlib.contextmanager
+def locked_output_dir(cfg: DictConfig) -> Iterator[None]:
+    """Keeps others from writing to ``output_dir`` meanwhile. The lock is the process's, and ends with it in any case.
+
+    Args:
+        cfg (DictConfig): the run's config.
+
+    Yields:
+        None: to the run.
+
+    Raises:
+        ConfigError: on every rank, if another process has the lock.
+    """
+    problem, stream = None, None
+    if is_rank_zero():
+        stream = (Path(cfg.output_dir) / _LOCK).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {os.uname().nodename}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            stream.flush()
+        except BlockingIOError:
+            stream.seek(0)
+            problem = f"{cfg.output_dir} is in use by another run ({stream.read()}); choose another one"
+    problem = broadcast_object(problem)
+    if problem is not None:
+        raise ConfigError("output_dir", problem)
+    try:
+        yield
+    finally:
+        if stream is not None:
+            stream.close()
+
+
+def find_resumed(cfg: DictConfig) -> TrainingCheckpoint | None:
+    """The training checkpoint that the run continues from, as ``resume`` says; a collective.
+
+    Args:
+        cfg (DictConfig): the run's config.
+
+    Returns:
+        TrainingCheckpoint | None: None for a run that starts from the beginning.
+
+    Raises:
+        UserError: if what is asked for is not there, is damaged, or a run is there that would be lost.
+    """
+    directory = Path(cfg.output_dir) / CHECKPOINTS
+    if cfg.resume is None:
+        _make_room(cfg, directory)
+        return None
+    if cfg.resume == "auto":
+        return newest_checkpoint(directory, _run_id(cfg))
+    if not Path(cfg.resume).is_dir():
+        raise ConfigError("resume", f"{cfg.resume} not found; give auto, or the directory of a training checkpoint")
+    return read_checkpoint(Path(cfg.resume))
+
+
+def run_id(cfg: DictConfig, resumed: TrainingCheckpoint | None) -> str:
+    """What the checkpoints in ``output_dir`` have in common; a collective.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        resumed (TrainingCheckpoint | None): what the run continues from.
+
+    Returns:
+        str: that of the run that is continued, or a new one.
+    """
+    known = _run_id(cfg) if cfg.resume == "auto" and resumed is not None else None
+    new = broadcast_object(known or secrets.token_hex(8))
+    if is_rank_zero() and new != _run_id(cfg):
+        content = {"id": new, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        (Path(cfg.output_dir) / _RUN).write_text(json.dumps(content), encoding="utf-8")
+    return new
+
+
+def _run_id(cfg: DictConfig) -> str | None:
+    file = Path(cfg.output_dir) / _RUN
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return json.loads(file.read_text(encoding="utf-8"))["id"]
+    return None
+
+
+def _make_room(cfg: DictConfig, directory: Path) -> None:
+    """Refuses to write over another run, unless told to."""
+    found = sorted(path.name for path in directory.glob("step_*[0-9]")) if is_rank_zero() else []
+    if found and cfg.overwrite_output_dir:
+        shutil.rmtree(directory)
+    if broadcast_object(bool(found) and not cfg.overwrite_output_dir):
+        problem = f"{cfg.output_dir} holds the training checkpoints of another run"
+        raise ConfigError(
+            "output_dir",
+            f"{problem}; resume=auto continues it, overwrite_output_dir=True replaces it, another directory keeps it",
+        )

@@ -1,0 +1,165 @@
+"""What a run that is continued must have in common with what was saved, and what it remembers."""
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from prefix_sharing.checkpoint import TrainingCheckpoint, TrainingCheckpoints
+from prefix_sharing.datasets import PrefixPreferenceDataset
+from prefix_sharing.distributed import is_rank_zero
+from prefix_sharing.errors import UserError
+from prefix_sharing.fingerprint import fingerprint
+from prefix_sharing.planning import Plan, WholeDataset
+from prefix_sharing.run.directory import CHECKPOINTS, run_id
+from prefix_sharing.run.evaluation import Evaluation
+
+log = logging.getLogger(__name__)
+
+_DECISIVE = (
+    "model",
+    "loss",
+    "optimizer",
+    "lr_scheduler",
+    "packing",
+    "shuffle",
+    "drop_last",
+    "share_prefix",
+    "dtype",
+    "clip_grad_norm",
+)
+"""Keys that decide a run's numbers; data, lengths and examples per step are compared by what they come to."""
+
+_PATHS = ("path", "self_check")
+"""Arguments of components that may differ: a model may have moved, and its names and shapes are compared anyway."""
+
+
+def training_checkpoints(
+    cfg: DictConfig, dataset: PrefixPreferenceDataset, plan: Plan, seed: int, resumed: TrainingCheckpoint | None
+) -> TrainingCheckpoints:
+    """Where a run's training checkpoints go, after comparing it with the one it continues from.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        dataset (PrefixPreferenceDataset): the training data set.
+        plan (Plan): of the run's steps.
+        seed (int): the run's seed.
+        resumed (TrainingCheckpoint | None): what it continues from.
+
+    Returns:
+        TrainingCheckpoints: for ``save``.
+
+    Raises:
+        UserError: if the run would not continue what was begun; it names every key that differs.
+    """
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    decides: dict[str, Any] = {key: _without_paths(plain[key]) for key in _DECISIVE}
+    decides["seed"] = seed
+    decides["examples (data and lengths)"] = fingerprint(dataset.ids.to_pylist())
+    decides["examples per step"] = plan.examples_per_step
+    if isinstance(plan.packing, WholeDataset):
+        decides |= {"pack_len": plan.packing.pack_len, "pack_rows_per_step": plan.packing.rows_per_step}
+    if resumed is not None:
+        _compare(decides, resumed, plan)
+        log.info("Resuming after step %d from %s", resumed.step, resumed.directory)
+    run = {"id": run_id(cfg, resumed), "steps_per_epoch": plan.steps_per_epoch, "decides": decides}
+    return TrainingCheckpoints(Path(cfg.output_dir) / CHECKPOINTS, run, cfg.keep_last_n)
+
+
+def _without_paths(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: part for key, part in value.items() if key not in _PATHS}
+
+
+def _compare(decides: Mapping[str, Any], resumed: TrainingCheckpoint, plan: Plan) -> None:
+    saved, steps = resumed.content["run"], plan.steps_per_epoch
+    before = saved["decides"]
+    differing = [
+        f"{key} was {_shown(before.get(key))} and is {_shown(decides.get(key))}"
+        for key in {**decides, **before}
+        if before.get(key) != decides.get(key)
+    ]
+    if saved["steps_per_epoch"] != steps and resumed.step > min(saved["steps_per_epoch"], steps):
+        differing.append(f"steps per epoch were {saved['steps_per_epoch']} and are {steps}")
+    if differing:
+        raise UserError(
+            f"{resumed.directory} cannot be continued with this config: {'; '.join(differing)}. Set back what differs, "
+            "or start another run in another output_dir."
+        )
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:120]}..."
+
+
+def forget_later_entries(cfg: DictConfig, resumed: TrainingCheckpoint | None) -> None:
+    """Takes from the logs on disk what will come again: the steps after the one that a run continues from.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        resumed (TrainingCheckpoint | None): what the run continues from.
+    """
+    log_dir = cfg.metric_logger.get("log_dir")
+    if cfg.resume is None or log_dir is None or not is_rank_zero():
+        return
+    last = -1 if resumed is None else resumed.step
+    for file in Path(log_dir).glob("log_*.txt"):
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= last and line.endswith("\n")]
+        if kept != lines:
+            shorter = file.with_suffix(".new")
+            shorter.write_text("".join(kept), encoding="utf-8")
+            shorter.replace(file)
+
+
+def _step_of(line: str) -> int:
+    match = re.match(r"Step (\d+) \|", line)
+    return int(match[1]) if match else -1
+
+
+def stop_run(checkpoints: TrainingCheckpoints, step: int, exit_code: int) -> NoReturn:
+    """Ends a run that was asked to, once its state is saved.
+
+    Args:
+        checkpoints (TrainingCheckpoints): the run's.
+        step (int): optimizer steps done.
+        exit_code (int): the process's.
+
+    Raises:
+        SystemExit: always.
+    """
+    checkpoints.wait()
+    log.warning("Stopped after step %d; resume=auto continues from there.", step)
+    raise SystemExit(exit_code)
+
+
+def remembered(evaluation: Evaluation | None) -> dict[str, Any] | None:
+    """An evaluation as JSON can say it.
+
+    Args:
+        evaluation (Evaluation | None): that before training.
+
+    Returns:
+        dict[str, Any] | None: for ``evaluation_of``.
+    """
+    if evaluation is None:
+        return None
+    return {
+        "metrics": evaluation.metrics,
+        "log_probs": evaluation.log_probs.tolist(),
+        "num_scored": evaluation.num_scored.tolist(),
+    }
+
+
+def evaluation_of(remembered: Mapping[str, Any] | None) -> Evaluation | None:
+    """The evaluation that ``remembered`` was made of."""
+    if remembered is None:
+        return None
+    log_probs = torch.tensor(remembered["log_probs"], dtype=torch.float64)
+    return Evaluation(remembered["metrics"], log_probs, torch.tensor(remembered["num_scored"]))

@@ -1,0 +1,71 @@
+"""Stopping at the end of a step when asked to, and not living on without whoever asks."""
+
+import contextlib
+import ctypes
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from prefix_sharing.distributed import sum_over_ranks
+
+_SECOND = 1.0
+"""Seconds after which a signal is another one: a terminal and a launcher may both send the first."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """Whether SIGTERM or SIGINT has come. A second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self._signal = 0
+        self._since = 0.0
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self._signal and time.monotonic() - self._since > _SECOND:
+            sys.exit(128 + number)
+        if not self._signal:
+            self._signal, self._since = number, time.monotonic()
+            name = signal.Signals(number).name
+            print(f"{name}: stopping after this step; once more stops at once", file=sys.stderr, flush=True)
+
+    def exit_code(self) -> int:
+        """128 and the signal's number if it came to any rank, else 0: a collective."""
+        numbers = torch.zeros(2, dtype=torch.float64)
+        numbers[0], numbers[1] = self._signal, float(self._signal > 0)
+        total, count = sum_over_ranks(numbers).tolist()
+        return 128 + round(total / count) if count else 0
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """Receives SIGTERM and SIGINT meanwhile.
+
+    Yields:
+        StopRequest: to be asked after every step.
+    """
+    request = StopRequest()
+    before = {number: signal.signal(number, request.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    if dist.is_torchelastic_launched():
+        end_with_parent(signal.SIGTERM)  # of a launcher that is killed
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_with_parent(number: int) -> None:
+    """Has the kernel send this process a signal when its parent ends, however it does; on Linux.
+
+    Args:
+        number (int): the signal.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
