@@ -43,12 +43,13 @@ def causal_lm(path: str, self_check: bool = True) -> PreTrainedModel:
               _component_: prefix_sharing.hosts.transformers.causal_lm
               path: /tmp/Qwen3-0.6B
     """
-    config = _read_config(path)
+    model = AutoModelForCausalLM.from_config(_read_config(path), dtype=torch.float32)
     if self_check:
         with torch.device("cpu"):
-            difference = check_arithmetic(config)
-        log.info("Self-check of %s: a tree and separate sequences differ by %.0e", config.model_type, difference)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            differences = check_arithmetic(model)
+        name = model.config.model_type
+        log.info("Self-check of %s: a tree and separate sequences differ by %s", name, differences)
+    return model
 
 
 def _read_config(path: str) -> Any:
