@@ -2,18 +2,23 @@
 
 import functools
 import math
+import pickle
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 from torchtune.models.gemma2 import gemma2_2b
 from torchtune.models.llama3_2 import llama3_2, llama3_2_1b, lora_llama3_2
 from torchtune.models.qwen2 import lora_qwen2
 from torchtune.modules import MultiHeadAttention, RotaryPositionalEmbeddings
 
+import prefix_sharing.run.setup
 from plain import DIMS, FAMILIES, LORA
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.hosts.torchtune import check_arithmetic, model, self_check
+from prefix_sharing.run.setup import self_check as check_of_run
+from runs import MODEL, make_config, make_recipe
 from stubs import attend_with_alibi
 
 LARGE = {**DIMS, "vocab_size": 700, "embed_dim": 256}
@@ -188,3 +193,55 @@ def test_a_model_that_fails_is_one_sentence(longer_than, message):
     with pytest.raises(ConfigError) as caught:
         check(lambda: llama_with(lambda built: built.layers[0].register_forward_hook(hook)))
     assert message in str(caught.value)
+
+
+def config_of(tmp_path, builder, **keys):
+    return make_config(tmp_path, model={**MODEL, "_component_": builder}, **keys)
+
+
+def test_a_run_says_what_was_found(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="prefix_sharing"):
+        check_of_run(make_config(tmp_path))
+        check_of_run(make_config(tmp_path, self_check="gradients"))
+    first, second = caplog.messages
+    assert first.startswith("Self-check of llama3: a tree and separate sequences differ by ")
+    assert "gradients" not in first
+    assert ", their gradients by a relative " in second
+
+
+def test_it_can_be_turned_off(tmp_path):
+    with pytest.raises(ConfigError, match="alibi_llama3 models compute something else"):
+        check_of_run(config_of(tmp_path, "stubs.alibi_llama3"))
+    check_of_run(config_of(tmp_path, "stubs.alibi_llama3", self_check=False))
+
+
+def test_a_run_checks_its_model_once_not_the_references(tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(
+        prefix_sharing.run.setup, "check_arithmetic", lambda node, *, gradients: checked.append((node, gradients))
+    )
+    recipe = make_recipe(tmp_path, **{"reference.precompute": False, "self_check": "gradients"})
+    recipe.setup()
+    recipe.cleanup()
+    assert checked == [(OmegaConf.create(MODEL), True)]
+
+
+def test_rank_zero_checks_and_all_ranks_learn_what_it_found(tmp_path, monkeypatch):
+    cfg = config_of(tmp_path, "stubs.alibi_llama3")
+    sent = []
+    setup = prefix_sharing.run.setup
+    monkeypatch.setattr(setup, "broadcast_object", lambda value: sent.append(pickle.dumps(value)) or value)
+    with pytest.raises(ConfigError) as on_rank_zero:
+        check_of_run(cfg)
+    monkeypatch.setattr(setup, "is_rank_zero", lambda: False)
+    monkeypatch.setattr(setup, "check_arithmetic", None)
+    monkeypatch.setattr(setup, "broadcast_object", lambda value: pickle.loads(sent[0]))
+    with pytest.raises(ConfigError) as on_another_rank:
+        check_of_run(cfg)
+    assert str(on_another_rank.value) == str(on_rank_zero.value)
+
+
+def test_random_numbers_of_the_run_stay_what_they_were(tmp_path):
+    before = torch.get_rng_state()
+    check_of_run(make_config(tmp_path))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -4,7 +4,7 @@ A host turns a model into a ``TreeModel``, which takes a Row and returns the log
 writes its weights.
 """
 
-from prefix_sharing.hosts.choice import build_answer_model, to_tree_model
+from prefix_sharing.hosts.choice import build_answer_model, check_arithmetic, to_tree_model
 from prefix_sharing.hosts.layers import checkpoint_activations, compile_layers
 from prefix_sharing.hosts.torchtune import (
     load_checkpoint,
@@ -17,6 +17,7 @@ from prefix_sharing.hosts.tree_model import TreeModel
 __all__ = [
     "TreeModel",
     "build_answer_model",
+    "check_arithmetic",
     "checkpoint_activations",
     "compile_layers",
     "load_checkpoint",

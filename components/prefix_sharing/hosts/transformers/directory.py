@@ -1,6 +1,5 @@
 """A model by its directory alone: what transformers saves, for the keys ``model`` and ``checkpointer`` of a config."""
 
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,6 @@ from torchtune import training
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prefix_sharing.errors import ConfigError, UserError
-from prefix_sharing.hosts.transformers.self_check import check_arithmetic
-
-log = logging.getLogger(__name__)
 
 _DTYPES = {None: torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -22,19 +18,17 @@ _NOT_COPIED = ("config.json", "*.index.json", "*.safetensors", "*.bin")
 """What an epoch's directory has of its own."""
 
 
-def causal_lm(path: str, self_check: bool = True) -> PreTrainedModel:
+def causal_lm(path: str) -> PreTrainedModel:
     """Builds a decoder of transformers from its directory, without weights, for a config.
 
     Args:
         path (str): directory with ``config.json``, or a name on the hub.
-        self_check (bool): whether to try on a small random model of its architecture that a tree gives what separate
-            sequences give. Default: True.
 
     Returns:
         PreTrainedModel: with fp32 weights, on the device that is torch's default just now.
 
     Raises:
-        UserError: if there is no such model, or prefix sharing does not cover its arithmetic.
+        UserError: if there is no such model.
 
     Example:
         .. code-block:: yaml
@@ -43,13 +37,7 @@ def causal_lm(path: str, self_check: bool = True) -> PreTrainedModel:
               _component_: prefix_sharing.hosts.transformers.causal_lm
               path: /tmp/Qwen3-0.6B
     """
-    model = AutoModelForCausalLM.from_config(_read_config(path), dtype=torch.float32)
-    if self_check:
-        with torch.device("cpu"):
-            differences = check_arithmetic(model)
-        name = model.config.model_type
-        log.info("Self-check of %s: a tree and separate sequences differ by %s", name, differences)
-    return model
+    return AutoModelForCausalLM.from_config(_read_config(path), dtype=torch.float32)
 
 
 def _read_config(path: str) -> Any:
