@@ -52,7 +52,7 @@ from prefix_sharing.run.directory import find_resumed, locked_output_dir
 from prefix_sharing.run.kl import estimate_kl, kl_of_step, loss_of_row
 from prefix_sharing.run.optimization import FiniteCheck, choose_seed, clip_grad_norm, seed_step
 from prefix_sharing.run.resuming import evaluation_of, forget_later_entries, remembered, stop_run, training_checkpoints
-from prefix_sharing.run.setup import compute_dtype
+from prefix_sharing.run.setup import compute_dtype, self_check
 from prefix_sharing.run.signals import StopRequest, stop_signals
 from prefix_sharing.scoring import ResponseLogProbs
 from prefix_sharing.trees import Row
@@ -78,6 +78,7 @@ class PrefixDPORecipeDistributed:
         """Builds model, data, loss, optimizer and schedule, and computes the reference log-probs."""
         cfg = self.cfg
         self.loss = build_loss(cfg)
+        self_check(cfg)
         self.model = self.new_model()
         tokenizer = instantiate("tokenizer", cfg.tokenizer)
         self.dataset, self.dataset_val = build_datasets(cfg, tokenizer, self.model, self.loss)

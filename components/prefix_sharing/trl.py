@@ -31,7 +31,7 @@ try:
 
     from prefix_sharing.hosts.transformers import check_arithmetic
     from prefix_sharing.hosts.transformers.adapters import have_peft_overlook_torchao
-    from prefix_sharing.hosts.transformers.model import ATTENTION, RowMasks, refuse_unsupported
+    from prefix_sharing.hosts.transformers.model import ATTENTION, RowMasks
 except ImportError as error:
     problem = (
         "PrefixSharingDPOTrainer needs TRL 1.16 and transformers 5.24: pip install 'torchtune-prefix-sharing[trl]'."
@@ -125,9 +125,8 @@ def _without_adapter(model: Any) -> PreTrainedModel:
 def _share_prefixes_of(model: PreTrainedModel, mask_of: Callable[..., TreeMask]) -> None:
     """Has a model with TRL's head take the keyword ``row``, in place; classes and parameters stay what they are."""
     try:
-        refuse_unsupported(model)
         with torch.device("cpu"):
-            check_arithmetic(model.config)
+            check_arithmetic(model)
     except ConfigError as error:
         raise UserError(f"PrefixSharingDPOTrainer cannot train this model: {error.problem}.") from error
     decoder = model.base_model

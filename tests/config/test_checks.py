@@ -62,6 +62,7 @@ def test_defaults_are_filled_in():
         ({"num_workers": -1}, "'num_workers': must be at least 0"),
         ({"dtype": "fp16"}, "'dtype': must be fp32 or bf16, but is fp16."),
         ({"attention_backend": "flash"}, "'attention_backend': must be flex, chains or varlen, but is flash."),
+        ({"self_check": "gradient"}, "'self_check': must be True, False or gradients, but is gradient."),
         ({"clip_grad_norm": 0}, "'clip_grad_norm': must be above 0"),
         ({"clip_grad_norm": float("nan")}, "'clip_grad_norm': must be above 0"),
         ({"shuffle": "perhaps"}, "'shuffle': Value 'perhaps'"),

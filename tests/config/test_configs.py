@@ -143,7 +143,6 @@ def test_what_people_tune_is_covered_by_its_path(name, component, tmp_path):
                 {
                     "_component_": f"prefix_sharing.hosts.transformers.{component}",
                     "path": str(tmp_path),
-                    "self_check": False,
                 }
             )
         )

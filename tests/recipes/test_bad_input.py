@@ -92,6 +92,12 @@ def test_a_model_that_is_not_covered(refused):
     )
 
 
+def test_a_model_that_computes_something_else_over_a_tree(refused):
+    model = "model._component_=stubs.alibi_llama3"
+    said = refused(model, *BUILDER, "dataset.source=json", "dataset.data_files=nowhere.jsonl")
+    assert "Error: Config key 'model': alibi_llama3 models compute something else over a tree than over sep" in said
+
+
 def test_activation_offloading_without_cuda(refused):
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

@@ -1,7 +1,10 @@
 """Components for configs in tests."""
 
+import torch
+import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torchtune import config, training
+from torchtune.models.llama3 import llama3
 
 
 class StubCheckpointer:
@@ -15,6 +18,22 @@ class StubCheckpointer:
 
     def save_checkpoint(self, *args, **kwargs):
         pass
+
+
+def alibi_llama3(**kwargs):
+    """A model of torchtune's parts, with a bias of its own on attention scores: Press et al. 2021."""
+    model = llama3(**kwargs)
+    for layer in model.layers:
+        layer.attn._attention_call = attend_with_alibi
+    return model
+
+
+def attend_with_alibi(q, k, v, **kwargs):
+    position = torch.arange(q.shape[-2], dtype=torch.float32)
+    slopes = 2.0 ** -torch.arange(1, 1 + q.shape[1])
+    bias = slopes[:, None, None] * (position[None, :] - position[:, None])
+    bias = bias.masked_fill(position[None, :] > position[:, None], float("-inf"))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 class LossOfAnotherKind:

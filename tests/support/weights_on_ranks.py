@@ -47,7 +47,7 @@ def main(path, output_dir):
     torch.set_num_threads(1)
     with process_group(CPU):
         with torch.device("meta"):
-            built = causal_lm(path, self_check=False)
+            built = causal_lm(path)
         model = to_tree_model(built, "chains")
         shard(model, list(model.layers), mesh=device_mesh(CPU), compute_dtype=torch.float32)
         component = "prefix_sharing.hosts.transformers.checkpointer"

@@ -142,6 +142,9 @@ class TrainingConfig:
     dtype: Literal["fp32", "bf16"] = "bf16"
     """What the layers compute in. Trained weights are always fp32; the frozen base of an adapter is kept in it on one
     device."""
+    self_check: Literal[True, False, "gradients"] = True
+    """Before any work, whether to try on a small random model like this one that a tree gives the log-probs that
+    separate sequences give; ``gradients`` compares those, too."""
     share_prefix: bool = True
     """False computes every response on its own, for comparison."""
     attention_backend: Literal["flex", "chains", "varlen"] | None = None

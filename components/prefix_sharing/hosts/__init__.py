@@ -6,6 +6,7 @@ writes its weights.
 
 from prefix_sharing.hosts.choice import (
     build_answer_model,
+    check_arithmetic,
     load_checkpoint,
     load_trained_checkpoint,
     save_checkpoint,
@@ -18,6 +19,7 @@ from prefix_sharing.hosts.tree_model import TreeModel
 __all__ = [
     "TreeModel",
     "build_answer_model",
+    "check_arithmetic",
     "checkpoint_activations",
     "compile_layers",
     "load_checkpoint",

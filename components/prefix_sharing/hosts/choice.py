@@ -1,5 +1,6 @@
 """Which host a model, or a checkpointer, belongs to."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -10,9 +11,11 @@ from torchtune.training import set_default_dtype
 
 from prefix_sharing.attention import AttentionBackend
 from prefix_sharing.checkpoint import Checkpoint
-from prefix_sharing.config import instantiate
+from prefix_sharing.config import component_name, instantiate
 from prefix_sharing.hosts import torchtune
 from prefix_sharing.hosts.tree_model import TreeModel
+
+log = logging.getLogger(__name__)
 
 
 def build_answer_model(node: DictConfig, device: torch.device, dtype: torch.dtype) -> Any:
@@ -33,6 +36,29 @@ def build_answer_model(node: DictConfig, device: torch.device, dtype: torch.dtyp
 
         return transformers.AnswerModel(model, device, dtype)
     return torchtune.AnswerModel(model, device, dtype)
+
+
+def check_arithmetic(node: DictConfig, *, gradients: bool) -> None:
+    """Tries on a small random model like a config's that a tree gives what separate sequences give.
+
+    Args:
+        node (DictConfig): the config's ``model``.
+        gradients (bool): whether gradients are compared, too.
+
+    Raises:
+        ConfigError: if the model cannot be built, or computes something else over a tree.
+    """
+    with torch.device("meta"):
+        model = instantiate("model", node)
+    if _is_of_transformers(model):
+        from prefix_sharing.hosts import transformers
+
+        name = cast(Any, model).config.model_type
+        differences = transformers.check_arithmetic(model, gradients=gradients)
+    else:
+        name = component_name(node)
+        differences = torchtune.check_arithmetic(name, model, gradients=gradients)
+    log.info("Self-check of %s: a tree and separate sequences differ by %s", name, differences)
 
 
 def to_tree_model(

@@ -34,7 +34,7 @@ _DECISIVE = (
 )
 """Keys that decide a run's numbers; data, lengths and examples per step are compared by what they come to."""
 
-_PATHS = ("path", "self_check")
+_PATHS = ("path",)
 """Arguments of components that may differ: a model may have moved, and its names and shapes are compared anyway."""
 
 

@@ -15,9 +15,9 @@ from torchtune import training, utils
 from prefix_sharing.attention import choose_attention_backend
 from prefix_sharing.config import component_name, explained, instantiate
 from prefix_sharing.datasets import PrefixPreferenceDataset
-from prefix_sharing.distributed import check_processes_joined, is_rank_zero
-from prefix_sharing.errors import ConfigError
-from prefix_sharing.hosts import TreeModel, checkpoint_activations, compile_layers, to_tree_model
+from prefix_sharing.distributed import broadcast_object, check_processes_joined, is_rank_zero
+from prefix_sharing.errors import ConfigError, UserError
+from prefix_sharing.hosts import TreeModel, check_arithmetic, checkpoint_activations, compile_layers, to_tree_model
 from prefix_sharing.losses import Loss
 from prefix_sharing.run.evaluation import Evaluation
 
@@ -97,6 +97,28 @@ def build_loss(cfg: DictConfig) -> Loss:
         problem = f"{type(loss).__name__} as configured reads prompts off the shared prefix; set it to True"
         raise ConfigError("share_prefix", problem)
     return loss
+
+
+def self_check(cfg: DictConfig) -> None:
+    """Tries on rank 0, if configured, that the model computes over a tree what it computes over separate sequences.
+
+    Args:
+        cfg (DictConfig): the run's config.
+
+    Raises:
+        UserError: on every rank, if it does not.
+    """
+    if not cfg.self_check:
+        return
+    refusal: UserError | None = None
+    if is_rank_zero():
+        try:
+            check_arithmetic(cfg.model, gradients=cfg.self_check == "gradients")
+        except UserError as error:
+            refusal = error
+    refusal = broadcast_object(refusal)
+    if refusal is not None:
+        raise refusal
 
 
 def build_model(cfg: DictConfig, device: torch.device, *, sharded: bool = False) -> TreeModel:

@@ -10,7 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
 from prefix_sharing.errors import ConfigError  # noqa: E402
-from prefix_sharing.hosts.transformers import check_arithmetic, model, to_tree_model  # noqa: E402
+from prefix_sharing.hosts.transformers import check_arithmetic, model, self_check, to_tree_model  # noqa: E402
 from prefix_sharing.trees import Response, Row, bucket_length  # noqa: E402
 from prefix_sharing.trees.row import RowOptions  # noqa: E402
 
@@ -156,45 +156,127 @@ def test_a_model_on_the_meta_device_computes_the_same_once_it_has_its_weights(na
     )
 
 
+MAMBA = DIMS | {"mamba_n_heads": 4, "mamba_d_head": 24, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
+CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv"]}
 REFUSED = {
-    "gpt_oss": ({**WITH_HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2}, "attention sinks"),
-    "qwen3_next": (WITH_HEAD_DIM | EXPERTS, "linear attention"),
+    "gpt_oss": WITH_HEAD_DIM | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "bloom": DIMS,
+    "mpt": DIMS,
+    "falcon": DIMS | {"alibi": True},
+    "mamba": DIMS,
+    "mamba2": DIMS | {"num_heads": 4, "head_dim": 24, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+    "falcon_mamba": DIMS,
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 96},
+    "bamba": MAMBA,
+    "jamba": DIMS | {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "nemotron_h": DIMS
+    | {"layers_block_type": ["linear_attention", "mlp", "full_attention"], "ssm_state_size": 8}
+    | {"mamba_num_heads": 4, "mamba_head_dim": 24, "n_groups": 1, "chunk_size": 8},
+    "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention", "mamba"]},
+    "zamba": DIMS
+    | {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1}
+    | {"attention_head_dim": 24, "mamba_dt_rank": 4, "mamba_d_state": 8},
+    "zamba2": DIMS
+    | {"layer_types": ["mamba", "hybrid", "mamba"], "hybrid_layer_ids": [1], "attention_head_dim": 24}
+    | {"n_mamba_heads": 4, "mamba_headdim": 24, "mamba_d_state": 8, "chunk_size": 8},
+    "rwkv": DIMS,
+    "recurrent_gemma": DIMS,
+    "qwen3_next": WITH_HEAD_DIM | EXPERTS,
+    "qwen3_5_text": WITH_HEAD_DIM,
+    "minimax": DIMS | {"num_local_experts": 2},
+    "lfm2": DIMS | CONVOLUTIONS,
+    "lfm2_moe": DIMS | EXPERTS | CONVOLUTIONS | {"num_dense_layers": 1},
+    "llama4_text": DIMS,
 }
+WITHOUT_A_TREE = {
+    **dict.fromkeys(("bloom", "mpt", "falcon", "rwkv", "llama4_text"), "has no list of decoder layers"),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), "cannot be given a tree"),
+    "gpt_oss": "has attention sinks",
+    "zamba": "cannot be tried on a small random one",
+}
+"""Refused by the self-check before there is anything to measure."""
+
+
+def on_meta(name, keys):
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(name, **keys))
+
+
+def test_every_known_family_that_a_tree_does_not_cover_is_tried():
+    assert list(REFUSED) == list(model._REFUSED)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_known_families_that_a_tree_does_not_cover_are_refused_by_name(name):
-    keys, what = REFUSED[name]
-    config = transformers.AutoConfig.for_model(name, **keys)
-    with torch.device("meta"):
-        built = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ConfigError, match=f"{name} models have {what}"):
-        to_tree_model(built, "chains")
+    with pytest.raises(ConfigError, match=f"{name} models have {model._REFUSED[name]}"):
+        to_tree_model(on_meta(name, REFUSED[name]), "chains")
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_the_self_check_alone_finds_them_too(name, monkeypatch):
+    built = on_meta(name, REFUSED[name])
     monkeypatch.setattr(model, "_REFUSED", {})
-    with pytest.raises(ConfigError, match="compute something else over a tree|cannot be given a tree"):
-        check_arithmetic(transformers.AutoConfig.for_model(name, **REFUSED[name][0]))
+    measured = f"{name} models compute something else over a tree than over separate sequences: log-probs of a small"
+    with pytest.raises(ConfigError, match=WITHOUT_A_TREE.get(name, measured)):
+        check_arithmetic(built)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2", "mixtral"])
+@pytest.mark.parametrize("name", [*DENSE, *SPARSE])
 def test_the_self_check_lets_others_pass(name):
-    config = transformers.AutoConfig.for_model(name, **(DENSE | SPARSE)[name])
-    assert check_arithmetic(config) < 2e-5
+    differences = check_arithmetic(on_meta(name, (DENSE | SPARSE)[name]), gradients=True)
+    assert differences.log_probs < 1e-4
+    assert differences.gradients < 2e-5
 
 
-def test_a_model_that_does_not_look_at_positions_is_found(monkeypatch):
-    config = transformers.AutoConfig.for_model("llama", **DENSE["llama"])
-    forward = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding.forward
+def by_place(rope, x, position_ids):
+    return ROPE_OF_LLAMA(rope, x, torch.arange(x.shape[1])[None])
 
-    def by_place(self, x, position_ids):
-        return forward(self, x, torch.arange(x.shape[1])[None])
 
-    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaRotaryEmbedding, "forward", by_place)
+def with_alibi(module, query, key, value, attention_mask, **kwargs):
+    position = torch.arange(query.shape[2])
+    bias = (position[None, :] - position[:, None]) / 2
+    return EAGER_OF_LLAMA(module, query, key, value, attention_mask + bias, **kwargs)
+
+
+LLAMA = transformers.models.llama.modeling_llama
+ROPE_OF_LLAMA, EAGER_OF_LLAMA = LLAMA.LlamaRotaryEmbedding.forward, LLAMA.eager_attention_forward
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "changed"),
+    [(LLAMA.LlamaRotaryEmbedding, "forward", by_place), (LLAMA, "eager_attention_forward", with_alibi)],
+    ids=["positions", "alibi"],
+)
+def test_a_model_with_other_positions_is_found(monkeypatch, part, name, changed):
+    monkeypatch.setattr(part, name, changed)
     with pytest.raises(ConfigError, match="llama models compute something else over a tree"):
-        check_arithmetic(config)
+        check_arithmetic(on_meta("llama", DENSE["llama"]))
+
+
+def test_a_layer_unlike_those_before_it_is_tried(monkeypatch):
+    tried = []
+    monkeypatch.setattr(self_check, "compare", lambda name, build_small, *args, **kwargs: tried.append(build_small()))
+    check_arithmetic(
+        on_meta("deepseek_v3", SPARSE["deepseek_v3"] | {"num_hidden_layers": 9, "first_k_dense_replace": 3})
+    )
+    check_arithmetic(on_meta("smollm3", DIMS | {"num_hidden_layers": 9}))  # every fourth layer has no positions
+    check_arithmetic(on_meta("llama", DIMS | {"num_hidden_layers": 9}))
+    assert [len(small.get_decoder().layers) for small in tried] == [4, 4, 2]
+
+
+def test_gradients_are_compared_if_asked_for(monkeypatch):
+    forward = LLAMA.LlamaMLP.forward
+
+    def of_last_rows(mlp, x):
+        return forward(mlp, torch.cat([x[:, :-8].detach(), x[:, -8:]], dim=1))
+
+    monkeypatch.setattr(LLAMA.LlamaMLP, "forward", of_last_rows)
+    built = on_meta("llama", DENSE["llama"])
+    assert check_arithmetic(built).gradients is None
+    with pytest.raises(
+        ConfigError, match="llama models .*: gradients of model.* differ by .*, although log-probs agree"
+    ):
+        check_arithmetic(built, gradients=True)
 
 
 def test_other_models_than_decoders_are_refused():
@@ -238,3 +320,25 @@ def test_there_is_no_loss_of_routers_unless_it_is_asked_for():
     row = Row.from_examples(make_examples())
     assert to_tree_model(build("qwen3_moe"), "chains")(row).aux_loss is None
     assert to_tree_model(build("llama"), "chains")(row).aux_loss is None
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "default"}, 256),
+        ({"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64}, 64),
+        (
+            {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
+                "original_max_position_embeddings": 64,
+            },
+            64,
+        ),
+    ],
+    ids=lambda value: value["rope_type"] if isinstance(value, dict) else "",
+)
+def test_no_sequence_is_so_long_that_the_others_of_its_row_get_other_frequencies(rope, expected):
+    tree = to_tree_model(build("llama", rope_parameters=rope | {"rope_theta": 10_000.0}), "chains")
+    assert tree.max_seq_len == expected

@@ -11,6 +11,7 @@ from prefix_sharing.hosts.torchtune.model import (
     TreeTransformerLayer,
     to_tree_model,
 )
+from prefix_sharing.hosts.torchtune.self_check import check_arithmetic
 from prefix_sharing.hosts.torchtune.weights import load_checkpoint, load_trained_checkpoint, save_checkpoint
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "TreeAttention",
     "TreeTransformerDecoder",
     "TreeTransformerLayer",
+    "check_arithmetic",
     "load_checkpoint",
     "load_trained_checkpoint",
     "missing_window",

@@ -36,7 +36,7 @@ from prefix_sharing.attention import AttentionBackend, TreeMask, mask_builder
 from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.hosts.torchtune.adapters import freeze_base, has_adapter
-from prefix_sharing.hosts.torchtune.dora import leave_biases_alone
+from prefix_sharing.hosts.torchtune.dora import BiasedDoRALinear, leave_biases_alone
 from prefix_sharing.hosts.torchtune.quantization import is_quantized, materialize_quantized
 from prefix_sharing.hosts.torchtune.weights import load_weights
 from prefix_sharing.hosts.tree_model import TreeModel
@@ -258,7 +258,7 @@ def to_tree_model(
     Raises:
         ConfigError: if the model has parts whose arithmetic tree attention does not cover.
     """
-    _refuse_unsupported(model)
+    refuse_unsupported(model)
     leave_biases_alone(model)
     if attention_backend == "varlen" and any(isinstance(layer.attn, Gemma2Attention) for layer in model.layers):
         raise ConfigError("attention_backend", "varlen cannot cap attention scores as Gemma 2 does; use flex or chains")
@@ -313,7 +313,9 @@ def materialize(model: nn.Module, device: torch.device, parameter_device: torch.
                 cast(Any, module).rope_init()
 
 
-def _refuse_unsupported(model: TransformerDecoder) -> None:
+def refuse_unsupported(model: TransformerDecoder) -> None:
+    """Raises a ``ConfigError`` if the model has parts whose arithmetic a tree does not cover, as far as is known."""
+
     def require(name: str, part: object, *types: type) -> None:
         if type(part) not in types:
             problem = f"{name} is a {type(part).__name__}, which prefix sharing does not support; "
@@ -321,7 +323,7 @@ def _refuse_unsupported(model: TransformerDecoder) -> None:
 
     require("the model", model, TransformerDecoder)
     norms = (RMSNorm, GemmaRMSNorm)
-    linears = (nn.Linear, LoRALinear, DoRALinear, FrozenNF4Linear)
+    linears = (nn.Linear, LoRALinear, DoRALinear, BiasedDoRALinear, FrozenNF4Linear)
     require("tok_embeddings", model.tok_embeddings, nn.Embedding, GemmaNormEmbeddings)
     require("norm", model.norm, *norms, Gemma2FinalNorm)
     require("output", model.output, TiedLinear, *linears)

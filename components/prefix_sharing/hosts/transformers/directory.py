@@ -1,6 +1,5 @@
 """A model by its directory alone, for the key ``model`` of a config: all of it is trained, or an adapter."""
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,26 +9,21 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.hosts.transformers.adapters import add_adapter
 from prefix_sharing.hosts.transformers.files import read_config
-from prefix_sharing.hosts.transformers.self_check import check_arithmetic
-
-log = logging.getLogger(__name__)
 
 
-def causal_lm(path: str, router_aux_loss_coef: float | None = None, self_check: bool = True) -> PreTrainedModel:
+def causal_lm(path: str, router_aux_loss_coef: float | None = None) -> PreTrainedModel:
     """Builds a decoder of transformers from its directory, without weights, for a config.
 
     Args:
         path (str): directory with ``config.json``, or a name on the hub.
         router_aux_loss_coef (float | None): what to multiply the loss with that keeps a mixture's experts evenly used
             (Fedus et al. 2021), 0 for none. Default: None, as ``config.json`` says by ``output_router_logits``.
-        self_check (bool): whether to try on a small random model of its architecture that a tree gives what separate
-            sequences give. Default: True.
 
     Returns:
         PreTrainedModel: with fp32 weights, on the device that is torch's default just now.
 
     Raises:
-        UserError: if there is no such model, or prefix sharing does not cover its arithmetic.
+        UserError: if there is no such model.
 
     Example:
         .. code-block:: yaml
@@ -44,10 +38,6 @@ def causal_lm(path: str, router_aux_loss_coef: float | None = None, self_check: 
             problem = f"{config.model_type} models have no loss of routers in transformers; remove it"
             raise ConfigError("model.router_aux_loss_coef", problem)
         config.router_aux_loss_coef, config.output_router_logits = router_aux_loss_coef, router_aux_loss_coef > 0
-    if self_check:
-        with torch.device("cpu"):
-            difference = check_arithmetic(config)
-        log.info("Self-check of %s: a tree and separate sequences differ by %.0e", config.model_type, difference)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
@@ -60,7 +50,6 @@ def lora_causal_lm(
     lora_dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
     use_dora: bool = False,
-    self_check: bool = True,
 ) -> PreTrainedModel:
     """Builds a decoder of transformers with an adapter of PEFT: LoRA (Hu et al. 2021), or DoRA (Liu et al. 2024).
 
@@ -74,7 +63,6 @@ def lora_causal_lm(
             ``[q_proj, v_proj]``. Default: "all-linear", all but the output projection. Experts kept as one tensor are
             no linear layers.
         use_dora (bool): whether it is DoRA. Default: False.
-        self_check (bool): as for ``causal_lm``. Default: True.
 
     Returns:
         PreTrainedModel: as for ``causal_lm``.
@@ -91,7 +79,7 @@ def lora_causal_lm(
               lora_rank: 16
               lora_alpha: 32
     """
-    model = causal_lm(path, router_aux_loss_coef, self_check)
+    model = causal_lm(path, router_aux_loss_coef)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     add_adapter(
         model,

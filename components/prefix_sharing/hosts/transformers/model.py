@@ -168,8 +168,16 @@ class TreeCausalLM(TreeModel):
 
     @property
     def max_seq_len(self) -> int:  # type: ignore[override]
-        """The positions that the model was made for."""
-        return self.config.max_position_embeddings
+        """The positions that the model was made for, as far as their rotary embeddings are the same in every sequence.
+
+        ``dynamic`` and ``longrope`` choose others once any position of a Row is beyond the original context.
+        """
+        config = self.config
+        scaling = getattr(config, "rope_parameters", None) or {}
+        if scaling.get("rope_type") in ("dynamic", "longrope"):
+            original = scaling.get("original_max_position_embeddings")
+            return original or getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
+        return config.max_position_embeddings
 
     @override
     def new_mask(self, row: Row, *, at_predictors: bool = False, window: int | None = None) -> TreeMask:
