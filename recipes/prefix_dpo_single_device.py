@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from prefix_sharing.checkpoint import load_checkpoint_into
@@ -44,7 +44,7 @@ from prefix_sharing.run.finite import FiniteCheck
 from prefix_sharing.run.kl import estimate_kl, kl_of_step, loss_of_row
 from prefix_sharing.run.optimization import choose_seed, clip_grad_norm, seed_step
 from prefix_sharing.run.resuming import evaluation_of, forget_later_entries, remembered, stop_run, training_checkpoints
-from prefix_sharing.run.setup import compute_dtype, self_check
+from prefix_sharing.run.setup import compute_dtype, log_config, self_check
 from prefix_sharing.run.signals import StopRequest, stop_signals
 from prefix_sharing.scoring import ResponseLogProbs
 from prefix_sharing.trees import Row
@@ -94,7 +94,7 @@ class PrefixDPORecipeSingleDevice:
         self.model.load_weights(checkpoint, self.seed)
         forget_later_entries(cfg, self.resumed)
         self.metric_logger = instantiate("metric_logger", cfg.metric_logger)
-        self.metric_logger.log_config(OmegaConf.merge(cfg, {"seed": self.seed}))
+        log_config(self.metric_logger, cfg, self.seed)
         self.reference = self.reference_val = None
         if self.loss.needs.reference:
             visited = self.plan.of_pass(
