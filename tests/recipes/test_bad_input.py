@@ -73,6 +73,11 @@ def write(tmp_path):
         ("device=cuda", "'device': cuda is not available"),
         ("model.num_heads=3", "'model': torchtune.models.llama3.llama3: "),
         ("tokenizer.max_seq_len=3", "has no usable example (dropped by reason: nothing scored up to max_seq_len: 64)."),
+        ("device=meta", "'device': must be cuda or cpu, but is meta."),
+        (
+            "dataset.num_pairs=1000000000000",
+            "'dataset.num_pairs': must be from 1 to 1,000,000, but is 1,000,000,000,000.",
+        ),
         ("optimizer.lr=-1", "'optimizer': torch.optim.AdamW: Invalid learning rate: -1"),
         ("optimizer.lr=fast", "'optimizer.lr': must be a number, but is 'fast'."),
         ("loss.beta=[0.1,0.2]", "'loss.beta': must be a number, but is [0.1, 0.2]."),
@@ -181,7 +186,7 @@ def test_a_mistake_in_the_held_out_data_set_names_its_key(refused):
     assert "Error: Config key 'dataset_val.num_pairs': must be a whole number, but is 'many'." in refused(
         "dataset_val.num_pairs=many"
     )
-    assert "Error: Config key 'dataset_val': prefix_sharing.quickstart.preference_pairs: " in refused(
+    assert "Error: Config key 'dataset_val.num_pairs': must be from 1 to 1,000,000, but is -1." in refused(
         "dataset_val.num_pairs=-1"
     )
 

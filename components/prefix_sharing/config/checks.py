@@ -8,6 +8,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prefix_sharing.config.components import check_component, default_of, find_component, one_line
 from prefix_sharing.config.files import did_you_mean
+from prefix_sharing.config.numbers import check_numbers, check_sizes
 from prefix_sharing.config.schema import COMPONENTS, ReferenceConfig, TrainingConfig
 from prefix_sharing.errors import ConfigError
 
@@ -55,11 +56,15 @@ def check_config(cfg: DictConfig, config_class: type) -> DictConfig:
     if is_training:
         _resolve_packing(cfg)
     cfg = _fill_in(cfg, config_class)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    check_numbers("", plain)
     if is_training:
         _check_training(cfg, given)
     for key in COMPONENTS:
         if cfg.get(key) is not None:
             check_component(key, cfg[key])
+    for key in ("model", "tokenizer"):
+        check_sizes(key, plain.get(key) or {})
     return cfg
 
 
@@ -85,6 +90,8 @@ def _fill_in(cfg: DictConfig, config_class: type) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(getattr(error, "full_key", None) or "?", one_line(error)) from error
     _check_ranges(filled, config_class)
+    if filled.get("reference") is not None and filled.reference.cache_dir == "":
+        raise ConfigError("reference.cache_dir", "must not be empty; null turns the cache off")
     return filled
 
 
@@ -103,6 +110,8 @@ def _check_ranges(cfg: DictConfig, config_class: type) -> None:
         value = cfg[field.name]
         if value is None:
             continue
+        if value == "":
+            raise ConfigError(field.name, "must not be empty; null stands for nothing")
         if "at_least" in field.metadata and not value >= field.metadata["at_least"]:
             raise ConfigError(field.name, f"must be at least {field.metadata['at_least']}, but is {value}")
         if "above" in field.metadata and not value > field.metadata["above"]:
@@ -144,6 +153,8 @@ def _check_training(cfg: DictConfig, given: set[str]) -> None:
         raise ConfigError("pack_len", f"must be auto or a number of tokens, but is {cfg.pack_len}")
     if cfg.run_val_every_n_steps is not None and cfg.dataset_val is None:
         raise ConfigError("run_val_every_n_steps", "not used without dataset_val; set dataset_val or remove it")
+    if cfg.device is not None and cfg.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError("device", f"must be cuda or cpu, but is {cfg.device}")
     if cfg.ac_mode == "selective" and not cfg.enable_activation_checkpointing:
         raise ConfigError("ac_mode", "selective needs enable_activation_checkpointing: True")
     if cfg.enable_activation_offloading and not cfg.enable_activation_checkpointing:

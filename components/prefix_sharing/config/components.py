@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config
+from torchtune.training import metric_logging
 
 from prefix_sharing.config.annotations import fits, in_words
 from prefix_sharing.config.files import did_you_mean
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 
 _BUGS = (AttributeError, LookupError, NameError, AssertionError, ArithmeticError)
 """What a component raises because of its code rather than its arguments; its traceback is logged."""
+
+_DROP_UNKNOWN = (metric_logging.DiskLogger, metric_logging.TensorBoardLogger)
+"""Components that take arguments of any name and make no use of them."""
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -58,12 +62,15 @@ def check_component(key: str, node: Any) -> None:
     Raises:
         ConfigError: if it does not.
     """
-    if not OmegaConf.is_dict(node) or "_component_" not in node:
+    if not OmegaConf.is_dict(node) or not isinstance(node.get("_component_"), str):
         raise ConfigError(key, "must name its component with _component_")
-    parameters = _parameters(find_component(key, node._component_))
+    component = find_component(key, node._component_)
+    parameters = _parameters(component)
     if parameters is None:
         return
     kinds = {parameter.kind for parameter in parameters.values()}
+    if component in _DROP_UNKNOWN:
+        kinds.discard(inspect.Parameter.VAR_KEYWORD)
     names = [name for name, p in parameters.items() if p.kind not in _VARIADIC]
     values: Any = OmegaConf.to_container(node, resolve=True)
     for argument, value in values.items():
@@ -78,12 +85,12 @@ def check_component(key: str, node: Any) -> None:
             raise ConfigError(f"{key}.{argument}", f"unknown argument of {node._component_}.{suggestion}")
 
 
-def find_component(key: str, path: str) -> Callable[..., Any]:
+def find_component(key: str, path: Any) -> Callable[..., Any]:
     """The function or class that a config names.
 
     Args:
         key (str): the config's key.
-        path (str): its dotted path.
+        path (Any): its dotted path.
 
     Returns:
         Callable[..., Any]: the component.
@@ -91,6 +98,8 @@ def find_component(key: str, path: str) -> Callable[..., Any]:
     Raises:
         ConfigError: if there is none.
     """
+    if not isinstance(path, str):
+        raise ConfigError(key, f"must name its component with _component_, by a dotted path, not by {path}")
     if os.getcwd() not in sys.path:  # components in the user's own directory, as torchtune finds them
         sys.path.append(os.getcwd())
     try:

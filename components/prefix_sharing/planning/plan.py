@@ -218,9 +218,13 @@ class Plan:
         """
         if self.max_steps is None and not self.drop_last:
             return np.sort(self.all_examples)
-        epochs = [self.epoch(epoch) for epoch in range(first_epoch, last_epoch)]
-        visited = [epoch.example_index(step) for epoch in epochs for step in range(len(epoch))]
-        return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *visited]))
+        visited = np.empty(0, dtype=np.int64)
+        for number in range(first_epoch, last_epoch):
+            epoch = self.epoch(number)
+            visited = np.unique(np.concatenate([visited, *map(epoch.example_index, range(len(epoch)))]))
+            if len(visited) == len(self.all_examples) or not self.shuffle:
+                break  # later epochs take none that is new
+        return visited
 
     @functools.cached_property
     def rows_of_dataset(self) -> Bins:

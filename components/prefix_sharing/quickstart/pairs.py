@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import datasets
 
 from prefix_sharing.datasets import PrefixPreferenceDataset, preference_dataset_from_records
+from prefix_sharing.errors import ConfigError
 from prefix_sharing.tokenizers import ChatTokenizer
 
 PLACES = {
@@ -32,6 +33,8 @@ FILLER = (
 
 PROMPT_WORDS = (80, 120)
 ANSWER_WORDS = (8, 16)
+
+_MAX_PAIRS = 1_000_000
 
 
 def generate_pairs(num_pairs: int, seed: int) -> Iterator[dict[str, str]]:
@@ -67,7 +70,12 @@ def preference_pairs(tokenizer: ChatTokenizer, *, num_pairs: int, seed: int = 0)
 
     Returns:
         PrefixPreferenceDataset: the tokenized pairs.
+
+    Raises:
+        ConfigError: if ``num_pairs`` is not a number of pairs that fits into memory.
     """
+    if not 1 <= num_pairs <= _MAX_PAIRS:
+        raise ConfigError("num_pairs", f"must be from 1 to {_MAX_PAIRS:,}, but is {num_pairs:,}")
     # By way of a generator, so that datasets writes them to its cache, under a fingerprint of the pairs themselves.
     pairs = list(generate_pairs(num_pairs, seed))
     records = datasets.Dataset.from_generator(_each, gen_kwargs={"pairs": pairs})

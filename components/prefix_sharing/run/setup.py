@@ -169,6 +169,13 @@ def build_lr_scheduler(cfg: DictConfig, optimizer: Optimizer, num_training_steps
     """
     if cfg.lr_scheduler is None:
         return None
+    num_warmup_steps = cfg.lr_scheduler.get("num_warmup_steps") or 0
+    if num_warmup_steps >= num_training_steps and is_rank_zero():
+        log.warning(
+            "lr_scheduler.num_warmup_steps is %s, but the run has %s steps: the rate never reaches optimizer.lr.",
+            f"{num_warmup_steps:,}",
+            f"{num_training_steps:,}",
+        )
     return instantiate("lr_scheduler", cfg.lr_scheduler, optimizer, num_training_steps=num_training_steps)
 
 
