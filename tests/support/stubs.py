@@ -1,5 +1,7 @@
 """Components for configs in tests."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
@@ -8,16 +10,17 @@ from torchtune.models.llama3 import llama3
 
 
 class StubCheckpointer:
-    """The weights of a small model, and nothing written."""
+    """The weights of a small model, and an empty directory written."""
 
-    def __init__(self, model, **kwargs):
+    def __init__(self, model, output_dir, **kwargs):
+        self._output_dir = Path(output_dir)
         self._weights = config.instantiate(OmegaConf.create(model)).state_dict()
 
     def load_checkpoint(self):
         return {training.MODEL_KEY: dict(self._weights)}
 
-    def save_checkpoint(self, *args, **kwargs):
-        pass
+    def save_checkpoint(self, *args, epoch, **kwargs):
+        (self._output_dir / f"epoch_{epoch}").mkdir()
 
 
 def alibi_llama3(**kwargs):

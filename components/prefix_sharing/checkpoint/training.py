@@ -34,7 +34,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from prefix_sharing.distributed import all_gather_objects, broadcast_object, is_rank_zero, sum_over_ranks, this_rank
+from prefix_sharing.distributed import broadcast_object, is_rank_zero, sum_over_ranks, this_rank
+from prefix_sharing.distributed.ranks import all_gather_objects
 from prefix_sharing.errors import UserError
 
 log = logging.getLogger(__name__)

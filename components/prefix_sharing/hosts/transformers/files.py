@@ -25,7 +25,8 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from prefix_sharing.distributed import gathered_on_rank_zero, is_rank_zero, local_part
+from prefix_sharing.distributed import is_rank_zero, local_part
+from prefix_sharing.distributed.sharding import gathered_on_rank_zero
 from prefix_sharing.errors import UserError
 from prefix_sharing.hosts.fitting import check_tensors_fit
 
