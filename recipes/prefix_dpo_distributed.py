@@ -78,13 +78,13 @@ class PrefixDPORecipeDistributed:
         """Builds model, data, loss, optimizer and schedule, and computes the reference log-probs."""
         cfg = self.cfg
         self.loss = build_loss(cfg)
+        self.resumed = find_resumed(cfg)
         self_check(cfg)
         self.model = self.new_model()
         tokenizer = instantiate("tokenizer", cfg.tokenizer)
         self.dataset, self.dataset_val = build_datasets(cfg, tokenizer, self.model, self.loss)
         self.step_loader = build_loader(cfg, self.model, self.loss, self.device)
         self.activations_handling = self.model.offload_activations(cfg.enable_activation_offloading)
-        self.resumed = find_resumed(cfg)
         self.seed = choose_seed(cfg.seed, self.resumed)
         self.plan = build_plan(cfg, self.dataset, self.model, self.loss, seed=self.seed, ranks=this_rank())
         self.plan_val = build_val_plan(cfg, self.dataset_val, self.model, ranks=this_rank())
@@ -106,9 +106,8 @@ class PrefixDPORecipeDistributed:
             self.metric_logger.log_config(OmegaConf.merge(cfg, {"seed": self.seed}))
         self.reference = self.reference_val = None
         if self.loss.needs.reference:
-            visited = self.plan.of_pass(
-                self.plan.examples_visited(self.global_step // self.plan.steps_per_epoch, cfg.epochs)
-            )
+            epochs_run = self.global_step // self.plan.steps_per_epoch
+            visited = self.plan.of_pass(self.plan.examples_visited(epochs_run, cfg.epochs))
             self.reference, self.reference_val = set_up_reference(
                 cfg,
                 checkpoint,
@@ -177,7 +176,7 @@ class PrefixDPORecipeDistributed:
         """
         cfg = self.cfg
         self.before = self.evaluate() if self.resumed is None else evaluation_of(self.resumed.values["before"])
-        after = self.before
+        after = None
         forward = functools.partial(self.forward, self.model)
         metrics = StepMetrics(self.device, self.loss.mean_over)
         if self.resumed is not None:
@@ -250,7 +249,7 @@ class PrefixDPORecipeDistributed:
                 stop_run(self.training_checkpoints, self.global_step, exit_code)
         self.training_checkpoints.wait()
         self.profiler.stop()
-        if cfg.run_val_every_n_steps is None or self.global_step % cfg.run_val_every_n_steps != 0:
+        if after is None or self.global_step % cfg.run_val_every_n_steps != 0:
             after = self.evaluate()
         draw_curves(cfg, self.metric_logger)
         report_margins(cfg, self.dataset_val, self.before, after)

@@ -68,6 +68,7 @@ class PrefixDPORecipeSingleDevice:
         """Builds model, data, loss, optimizer and schedule, and computes the reference log-probs."""
         cfg = self.cfg
         self.loss = build_loss(cfg)
+        self.resumed = find_resumed(cfg)
         self_check(cfg)
         self.model = self.new_model()
         tokenizer = instantiate("tokenizer", cfg.tokenizer)
@@ -75,7 +76,6 @@ class PrefixDPORecipeSingleDevice:
         self.step_loader = build_loader(cfg, self.model, self.loss, self.device)
         self.autocast = torch.autocast(self.device.type, compute_dtype(cfg), enabled=cfg.dtype == "bf16")
         self.activations_handling = self.model.offload_activations(cfg.enable_activation_offloading)
-        self.resumed = find_resumed(cfg)
         self.seed = choose_seed(cfg.seed, self.resumed)
         self.plan = build_plan(cfg, self.dataset, self.model, self.loss, seed=self.seed, ranks=this_rank())
         self.plan_val = build_val_plan(cfg, self.dataset_val, self.model, ranks=this_rank())
@@ -96,9 +96,8 @@ class PrefixDPORecipeSingleDevice:
         self.metric_logger.log_config(OmegaConf.merge(cfg, {"seed": self.seed}))
         self.reference = self.reference_val = None
         if self.loss.needs.reference:
-            visited = self.plan.of_pass(
-                self.plan.examples_visited(self.global_step // self.plan.steps_per_epoch, cfg.epochs)
-            )
+            epochs_run = self.global_step // self.plan.steps_per_epoch
+            visited = self.plan.of_pass(self.plan.examples_visited(epochs_run, cfg.epochs))
             self.reference, self.reference_val = set_up_reference(
                 cfg,
                 checkpoint,
@@ -157,7 +156,7 @@ class PrefixDPORecipeSingleDevice:
         """
         cfg = self.cfg
         self.before = self.evaluate() if self.resumed is None else evaluation_of(self.resumed.values["before"])
-        after = self.before
+        after = None
         forward = functools.partial(self.forward, self.model)
         metrics = StepMetrics(self.device, self.loss.mean_over)
         if self.resumed is not None:
@@ -226,7 +225,7 @@ class PrefixDPORecipeSingleDevice:
                 stop_run(self.training_checkpoints, self.global_step, exit_code)
         self.training_checkpoints.wait()
         self.profiler.stop()
-        if cfg.run_val_every_n_steps is None or self.global_step % cfg.run_val_every_n_steps != 0:
+        if after is None or self.global_step % cfg.run_val_every_n_steps != 0:
             after = self.evaluate()
         draw_curves(cfg, self.metric_logger)
         report_margins(cfg, self.dataset_val, self.before, after)
