@@ -9,6 +9,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
+from prefix_sharing.attention import ChainsMask  # noqa: E402
 from prefix_sharing.errors import ConfigError  # noqa: E402
 from prefix_sharing.hosts.transformers import check_arithmetic, model, self_check, to_tree_model  # noqa: E402
 from prefix_sharing.trees import Response, Row, bucket_length  # noqa: E402
@@ -68,7 +69,7 @@ DENSE = {
     "helium": DIMS | {"head_dim": 12},
     "ernie4_5": DIMS,
     "hunyuan_v1_dense": WITH_HEAD_DIM,
-    "gpt_neox": DIMS,
+    "gpt_neox": DIMS | {"num_key_value_heads": 4},  # has no groups
 }
 SPARSE = {
     "qwen3_moe": WITH_HEAD_DIM | EXPERTS,
@@ -112,14 +113,21 @@ def plain_log_probs(plain, examples):
 
 
 PADDED = ("llama", "gemma2", "deepseek_v3")
+# Grouped keys, windows by layer, capped scores, values smaller than keys, experts, norms of queries and keys, rotary
+# embeddings of a part of a head.
+ON_OTHER_BACKENDS = ("llama", "gemma3_text", "gemma2", "deepseek_v3", "qwen3_moe", "qwen3", "phi")
+CASES = [
+    *((name, "chains", None) for name in (*DENSE, *SPARSE)),
+    *((name, "chains", bucket_length) for name in PADDED),
+    *((name, "flex", bucket_length) for name in ON_OTHER_BACKENDS),
+    *((name, "varlen", None) for name in ON_OTHER_BACKENDS if name != "gemma2"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "round_length"), [(name, None) for name in (*DENSE, *SPARSE)] + [(name, bucket_length) for name in PADDED]
-)
-def test_log_probs_and_gradients_are_those_of_separate_sequences(name, round_length):
+@pytest.mark.parametrize(("name", "backend", "round_length"), CASES)
+def test_log_probs_and_gradients_are_those_of_separate_sequences(on_cpu, name, backend, round_length):
     plain = build(name)
-    tree = to_tree_model(copy.deepcopy(plain), "chains")
+    tree = to_tree_model(copy.deepcopy(plain), backend)
     examples = make_examples()
     found = tree(Row.from_examples(examples, options=RowOptions(round_length=round_length))).log_probs
     expected = plain_log_probs(plain, examples)
@@ -135,6 +143,26 @@ def test_log_probs_and_gradients_are_those_of_separate_sequences(name, round_len
             difference = (ours.grad - theirs.grad).norm()
             # A bias of keys has no effect: its gradient is rounding alone.
             assert difference <= 1e-5 * theirs.grad.norm() + 1e-6, key
+
+
+@pytest.mark.parametrize("name", [*DENSE, *SPARSE])
+def test_keys_and_values_reach_attention_in_their_own_heads_and_under_autocast_in_bf16(name, monkeypatch):
+    seen, attend = set(), ChainsMask.attend
+
+    def recorded(self, q, k, v, **kwargs):
+        seen.update((x.shape[1], x.dtype) for x in (k, v))
+        return attend(self, q, k, v, **kwargs)
+
+    monkeypatch.setattr(ChainsMask, "attend", recorded)
+    tree = to_tree_model(build(name).float(), "chains")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        tree(Row.from_examples(make_examples()))
+    assert seen == {(tree.config.num_key_value_heads, torch.bfloat16)}
+
+
+def test_a_backend_that_cannot_cap_scores_is_refused():
+    with pytest.raises(ConfigError, match="varlen cannot cap attention scores as this model does; use flex"):
+        to_tree_model(build("gemma2"), "varlen")
 
 
 def test_state_dict_keys_are_the_models_own():
