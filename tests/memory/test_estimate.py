@@ -1,8 +1,6 @@
 """What prefix_dpo_memory estimates against what a training step really takes of a process's memory."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from omegaconf import OmegaConf
 
 from prefix_sharing.config import DistributedConfig
 from prefix_sharing.memory.estimate import MOST_TOKENS, full_row, longest_row, peak_memory_estimate
-from runs import make_config
+from runs import make_config, torchrun
 
 EXAMPLE = [256, 128, 128]
 NUM_TOKENS = 1024
@@ -30,25 +28,15 @@ MODEL = {
 def real_peak(cfg, directory, num_processes):
     file = directory / "config.yaml"
     OmegaConf.save(cfg, file)
-    arguments = [
-        str(Path(__file__).parents[1] / "support" / "real_step.py"),
-        str(file),
-        str(NUM_TOKENS),
-        ",".join(map(str, EXAMPLE)),
-    ]
-    launcher = [sys.executable]
-    if num_processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
+    printed = torchrun(
+        num_processes,
+        Path(__file__).parents[1] / "support" / "real_step.py",
+        *(file, str(NUM_TOKENS), ",".join(map(str, EXAMPLE))),
         # Tensors go back to the system when they are freed, instead of into the allocator's own store.
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-    }
-    run = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=200)
-    assert run.returncode == 0, run.stderr
-    return int(re.search(r"peak (\d+)", run.stdout)[1])
+        MALLOC_MMAP_THRESHOLD_="65536",
+        MALLOC_TRIM_THRESHOLD_="65536",
+    )
+    return int(re.search(r"peak (\d+)", printed)[1])
 
 
 @pytest.mark.slow
