@@ -75,9 +75,15 @@ def test_both_hosts_follow_the_same_curve(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "keys", [{"enable_activation_checkpointing": True}, {"pack_len": None, "packing": "none"}], ids=str
+    "keys",
+    [
+        {"enable_activation_checkpointing": True},
+        {"enable_activation_checkpointing": True, "ac_mode": "selective"},
+        {"pack_len": None, "packing": "none"},
+    ],
+    ids=str,
 )
-def test_checkpointing_and_packing_change_nothing(tmp_path, keys):
+def test_how_a_step_is_computed_changes_nothing(tmp_path, keys):
     path = make_directory(tmp_path / "model")
     if keys.get("packing") == "none":
         keys = {**keys, "batch_size": 1}
@@ -102,6 +108,18 @@ def test_the_loss_of_routers_is_part_of_the_loss_and_logged(tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     with pytest.raises(UserError, match=r"model.router_aux_loss_coef.*qwen3 models have no loss of routers"):
         causal_lm(make_directory(tmp_path / "dense"), router_aux_loss_coef=0.1)
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_nothing(tmp_path):
+    path = make_directory(tmp_path / "model")
+    # One Row, and no pass for a reference or held-out pairs: each would be compiled for itself.
+    keys = {"loss": {"_component_": "prefix_sharing.losses.SimPOLoss"}, "dataset_val": None, "max_steps_per_epoch": 1}
+    run_in_process(tmp_path / "plain", **keys_for(path, tmp_path / "plain", **keys))
+    run_in_process(tmp_path / "compiled", **keys_for(path, tmp_path / "compiled", **keys, compile=True))
+    (plain,), (compiled,) = (training_log(tmp_path / run) for run in ("plain", "compiled"))
+    for name in ("loss", "grad_norm"):
+        assert compiled[name] == pytest.approx(plain[name], rel=1e-5)
 
 
 def test_a_run_resumes_after_an_epoch(tmp_path):

@@ -51,7 +51,7 @@ class RowMasks:
         return self._masks[window]
 
 
-@torch.compiler.disable(recursive=False)
+@torch.compiler.disable
 def _attend(
     module: nn.Module,
     query: torch.Tensor,
@@ -113,6 +113,16 @@ class _MLPAtPredictors:
         return torch.zeros_like(x).index_add(1, index, at_predictors * is_first[:, None].to(x.dtype))
 
 
+class _LastLayer:
+    """The last layer, which says to its MLP whose hidden states are read: each time it is computed."""
+
+    mlp: _MLPAtPredictors
+
+    def forward(self, *args: Any, row_masks: RowMasks | None = None, **kwargs: Any) -> Any:
+        self.mlp.predictor_index = None if row_masks is None else row_masks.row.predictor_index
+        return super().forward(*args, row_masks=row_masks, **kwargs)  # type: ignore[misc]
+
+
 class TreeCausalLM(TreeModel):
     """A causal language model of transformers, from a Row to the log-probs of its responses.
 
@@ -132,9 +142,6 @@ class TreeCausalLM(TreeModel):
 
     @override
     def forward(self, row: Row) -> ResponseLogProbs:
-        last_mlp = _mlp_of(self.layers[-1])
-        if isinstance(last_mlp, _MLPAtPredictors):
-            last_mlp.predictor_index = row.predictor_index
         output = self.get_decoder()(
             input_ids=row.tokens,
             position_ids=row.input_pos,
@@ -143,7 +150,9 @@ class TreeCausalLM(TreeModel):
             **{"output_router_logits": True} if self.aux_loss_coef > 0 else {},
         )
         hidden = output.last_hidden_state[0].index_select(0, row.predictor_index)
-        found = response_log_probs(self._project, hidden, row, self.vocab_size)
+        # What the head saves is large and needed first in the backward pass, so it stays where it is.
+        with torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
+            found = response_log_probs(self._project, hidden, row, self.vocab_size)
         if self.aux_loss_coef > 0:
             found = found._replace(aux_loss=self.aux_loss_coef * self._aux_loss(output, row))
         return found
@@ -227,9 +236,9 @@ class TreeCausalLM(TreeModel):
 
     @override
     def offload_activations(self, enabled: bool) -> AbstractContextManager[None]:
-        if enabled:
-            raise ConfigError("enable_activation_offloading", "not supported for transformers' models; remove it")
-        return contextlib.nullcontext()
+        if not enabled:
+            return contextlib.nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
 
     @override
     def materialize(self, device: torch.device, parameter_device: torch.device | None = None) -> None:
@@ -238,6 +247,10 @@ class TreeCausalLM(TreeModel):
     @override
     def load_weights(self, checkpoint: Checkpoint, seed: int) -> None:
         load_weights(self, checkpoint, seed)
+
+
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def materialize(model: Any, device: torch.device, parameter_device: torch.device | None = None) -> None:
@@ -285,9 +298,11 @@ def to_tree_model(
     model.config.use_cache = False
     decoder = model.get_decoder()
     decoder.__class__ = _mixed_with(_DecoderOrGiven, type(decoder))
-    mlp = _mlp_of(decoder.layers[-1])
+    last_layer = decoder.layers[-1]
+    mlp = _mlp_of(last_layer)
     if mlp is not None and not any("expert" in name or "router" in name for name, _ in mlp.named_modules()):
         mlp.__class__ = _mixed_with(_MLPAtPredictors, type(mlp))
+        last_layer.__class__ = _mixed_with(_LastLayer, type(last_layer))
     model.__class__ = _mixed_with(TreeCausalLM, type(model))
     tree_model = cast(TreeCausalLM, model)
     # In the forward pass, not in that of the head for every chunk.
