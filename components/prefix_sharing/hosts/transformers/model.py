@@ -199,19 +199,17 @@ class TreeCausalLM(TreeModel):
 
     @override
     def forward_flops(self, sizes: TreeSizes) -> np.ndarray:
-        *layers, last = self.layers
-        weights = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
-        of_last = sum(p.numel() for p in last.parameters() if p.dim() > 1)
-        mlp = _mlp_of(last)
-        of_mlp = 0
-        if isinstance(mlp, _MLPAtPredictors):
-            of_mlp = sum(p.numel() for p in cast(nn.Module, mlp).parameters() if p.dim() > 1)
-        config = self.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = config.num_attention_heads * head_dim * len(self.layers)
+        config, last_mlp = self.config, _mlp_of(self.layers[-1])
+        weights = _weights_of_a_token(self.layers, config)
+        of_mlp = _weights_of_a_token(last_mlp, config) if isinstance(last_mlp, _MLPAtPredictors) else 0.0
         at_predictors = of_mlp + self.get_input_embeddings().weight.numel()
+        if hasattr(config, "qk_nope_head_dim"):  # multi-head latent attention
+            head_dim = (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) / 2
+        else:
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = config.num_attention_heads * head_dim * len(self.layers)
         return (
-            2.0 * (weights + of_last - of_mlp) * sizes.num_tokens
+            2.0 * (weights - of_mlp) * sizes.num_tokens
             + 4.0 * width * sizes.num_visible
             + 2.0 * at_predictors * sizes.num_predictors
         )
@@ -327,6 +325,13 @@ def _mixed_with(mixin: type, cls: type) -> type:
 def _mlp_of(layer: nn.Module) -> nn.Module | None:
     mlp = getattr(layer, "mlp", None)
     return mlp if isinstance(mlp, nn.Module) else None
+
+
+def _weights_of_a_token(module: Any, config: Any) -> float:
+    """How many weights a token is multiplied with; of experts, whose matrices lie in one tensor, those of its own."""
+    matrices = [parameter for parameter in module.parameters() if parameter.dim() > 1]
+    per_token = getattr(config, "num_experts_per_tok", 1)
+    return sum(matrix.numel() * (per_token / len(matrix) if matrix.dim() == 3 else 1) for matrix in matrices)
 
 
 @contextlib.contextmanager
