@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from directories import make_directory
+from directories import DIMS
 from prefix_sharing.config import DistributedConfig
 from prefix_sharing.memory.estimate import MOST_TOKENS, full_row, longest_row, peak_memory_estimate
 from runs import make_config, torchrun
@@ -24,10 +24,7 @@ MODEL = {
     "intermediate_dim": 1024,
     "max_seq_len": 2048,
 }
-
-
 SMALL = {"num_layers": 2, "embed_dim": 64, "intermediate_dim": 64, "vocab_size": 128}
-
 DIRECTORY = {
     "vocab_size": 16000,
     "hidden_size": 384,
@@ -47,14 +44,16 @@ def of_torchtune(tmp_path):
 
 
 def of_transformers(name, **kwargs):
-    """The same by directories of transformers."""
+    """The same by directories of transformers, without weights."""
 
     def build(tmp_path):
-        paths = [
-            make_directory(tmp_path / size, name, **dims, **kwargs)
-            for size, dims in (("whole", DIRECTORY), ("small", {}))
-        ]
-        return [{"_component_": "prefix_sharing.hosts.transformers.causal_lm", "path": path} for path in paths]
+        transformers = pytest.importorskip("transformers", minversion="5.24")
+        models = []
+        for size, dims in (("whole", DIRECTORY), ("small", DIMS)):
+            transformers.AutoConfig.for_model(name, **dims | kwargs).save_pretrained(tmp_path / size)
+            path = str(tmp_path / size)
+            models.append({"_component_": "prefix_sharing.hosts.transformers.causal_lm", "path": path})
+        return models
 
     return build
 

@@ -2,19 +2,23 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
 from directories import DIMS, keys_for  # noqa: E402
+from prefix_dpo_benchmark import BenchmarkConfig, PrefixDPOBenchmark  # noqa: E402
 from prefix_dpo_memory import MemoryConfig, PrefixDPOMemory  # noqa: E402
 from prefix_dpo_stats import PrefixDPOStats, StatsConfig  # noqa: E402
+from prefix_sharing.config import check_config, find_config  # noqa: E402
 from prefix_sharing.memory.estimate import full_row, peak_memory_estimate  # noqa: E402
 from prefix_sharing.quickstart.checkpointer import TOKENIZER_DIR  # noqa: E402
-from runs import make_config  # noqa: E402
+from runs import make_config, transformers_log_probs  # noqa: E402
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
@@ -90,3 +94,36 @@ def test_stats_need_no_weights_and_know_the_operations_of_the_model(tmp_path, ca
     assert found["expected_speed_up"] == pytest.approx(flops[0] / flops[1])
     assert 1 < found["expected_speed_up"] < 2
     assert "4 examples per step, on 2 processes" in capsys.readouterr().out
+
+
+SMALL = {"workloads": ["20,5,6"], "num_pairs": 3, "batch_size": 2, "rounds": 1, "measure_memory": False}
+
+
+def benchmark(directory, path, config="benchmark/transformers", **overrides):
+    cfg = OmegaConf.load(find_config(config))
+    cfg.model = {"_component_": "prefix_sharing.hosts.transformers.causal_lm", "path": path}
+    for key, value in (SMALL | {"path": path, "output_dir": str(directory)} | overrides).items():
+        OmegaConf.update(cfg, key, value)
+    return PrefixDPOBenchmark(check_config(cfg, BenchmarkConfig))
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [("qwen3", {"tie_word_embeddings": True}), ("qwen3_moe", EXPERTS)])
+def test_the_benchmark_compares_with_transformers_own_computation(tmp_path, name, kwargs):
+    run = benchmark(tmp_path, config_alone(tmp_path / "model", name, **kwargs))
+    pairs = run.pairs_of("20,5,6")
+    expected = transformers_log_probs(run.model, pairs)
+    assert run.check_log_probs(pairs).numpy() == pytest.approx(expected, rel=1e-5)
+    run.run()
+    (workload,) = json.loads((tmp_path / "benchmark.json").read_text())["workloads"]
+    names = ["transformers", "trl", "paired_packed", "prefix", "prefix_packed"]
+    assert list(workload["formats"]) == [name for name in names if name != "trl" or find_spec("trl")]
+    flops = [workload["formats"][name]["flops"] for name in ("transformers", "paired_packed", "prefix")]
+    assert flops[0] > flops[1] > flops[2]
+
+
+def test_what_is_torchtunes_alone_is_left_out_of_the_benchmark_with_a_note(tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="prefix_sharing"):
+        run = benchmark(tmp_path, config_alone(tmp_path / "model"), "benchmark/cpu")
+    assert run.measure == ["steps"]
+    assert "measure: layers and scaling are left out" in caplog.text
+    assert run.formats[0].name == "transformers"

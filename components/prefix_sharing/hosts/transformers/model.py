@@ -199,20 +199,7 @@ class TreeCausalLM(TreeModel):
 
     @override
     def forward_flops(self, sizes: TreeSizes) -> np.ndarray:
-        config, last_mlp = self.config, _mlp_of(self.layers[-1])
-        weights = _weights_of_a_token(self.layers, config)
-        of_mlp = _weights_of_a_token(last_mlp, config) if isinstance(last_mlp, _MLPAtPredictors) else 0.0
-        at_predictors = of_mlp + self.get_input_embeddings().weight.numel()
-        if hasattr(config, "qk_nope_head_dim"):  # multi-head latent attention
-            head_dim = (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) / 2
-        else:
-            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = config.num_attention_heads * head_dim * len(self.layers)
-        return (
-            2.0 * (weights - of_mlp) * sizes.num_tokens
-            + 4.0 * width * sizes.num_visible
-            + 2.0 * at_predictors * sizes.num_predictors
-        )
+        return forward_flops(self, sizes)
 
     @property
     @override
@@ -245,6 +232,40 @@ class TreeCausalLM(TreeModel):
     @override
     def load_weights(self, checkpoint: Checkpoint, seed: int) -> None:
         load_weights(self, checkpoint, seed)
+
+
+def forward_flops(model: Any, sizes: TreeSizes) -> np.ndarray:
+    """See ``TreeModel.forward_flops``; of transformers' own model as well.
+
+    Args:
+        model (Any): the model.
+        sizes (TreeSizes): sizes of trees, shape ``[N]``.
+
+    Returns:
+        np.ndarray: shape ``[N]``.
+    """
+    config, layers = model.config, model.get_decoder().layers
+    last_mlp = _mlp_of(layers[-1])
+    weights = _weights_of_a_token(layers, config)
+    of_mlp = _weights_of_a_token(last_mlp, config) if isinstance(last_mlp, _MLPAtPredictors) else 0.0
+    at_predictors = of_mlp + model.get_input_embeddings().weight.numel()
+    if hasattr(config, "qk_nope_head_dim"):  # multi-head latent attention
+        head_dim = (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) / 2
+    else:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * head_dim * len(layers)
+    return (
+        2.0 * (weights - of_mlp) * sizes.num_tokens
+        + 4.0 * width * sizes.num_visible
+        + 2.0 * at_predictors * sizes.num_predictors
+    )
+
+
+def _weights_of_a_token(module: Any, config: Any) -> float:
+    """How many weights a token is multiplied with; of experts, whose matrices lie in one tensor, those of its own."""
+    matrices = [parameter for parameter in module.parameters() if parameter.dim() > 1]
+    per_token = getattr(config, "num_experts_per_tok", 1)
+    return sum(matrix.numel() * (per_token / len(matrix) if matrix.dim() == 3 else 1) for matrix in matrices)
 
 
 def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
@@ -325,13 +346,6 @@ def _mixed_with(mixin: type, cls: type) -> type:
 def _mlp_of(layer: nn.Module) -> nn.Module | None:
     mlp = getattr(layer, "mlp", None)
     return mlp if isinstance(mlp, nn.Module) else None
-
-
-def _weights_of_a_token(module: Any, config: Any) -> float:
-    """How many weights a token is multiplied with; of experts, whose matrices lie in one tensor, those of its own."""
-    matrices = [parameter for parameter in module.parameters() if parameter.dim() > 1]
-    per_token = getattr(config, "num_experts_per_tok", 1)
-    return sum(matrix.numel() * (per_token / len(matrix) if matrix.dim() == 3 else 1) for matrix in matrices)
 
 
 @contextlib.contextmanager
