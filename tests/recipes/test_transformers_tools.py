@@ -18,6 +18,7 @@ from prefix_dpo_stats import PrefixDPOStats, StatsConfig  # noqa: E402
 from prefix_sharing.config import check_config, find_config  # noqa: E402
 from prefix_sharing.memory.estimate import full_row, peak_memory_estimate  # noqa: E402
 from prefix_sharing.quickstart.checkpointer import TOKENIZER_DIR  # noqa: E402
+from prefix_sharing.run import build_model  # noqa: E402
 from runs import make_config, transformers_log_probs  # noqa: E402
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -72,6 +73,19 @@ def test_what_an_adapter_leaves_as_it_is_has_no_gradient(tmp_path, memory_config
     assert adapter.parameters > full.parameters
     assert adapter.gradients < 0.3 * full.gradients
     assert adapter.optimizer_state < 0.3 * full.optimizer_state
+
+
+def test_what_an_adapter_leaves_as_it_is_takes_half_in_bf16_on_one_device_experts_too(tmp_path, memory_config):
+    cfg = memory_config(config_alone(tmp_path / "model", "qwen3_moe", **EXPERTS), dtype="bf16")
+    cfg.model._component_ = "prefix_sharing.hosts.transformers.lora_causal_lm"
+    model = build_model(cfg, torch.device("cpu"))
+    kept = [parameter for parameter in model.parameters() if not parameter.requires_grad and parameter.dim() == 3]
+    assert len(kept) == 2 * DIMS["num_hidden_layers"]  # in each layer two matrices for every expert
+    assert {parameter.dtype for parameter in kept} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.trainable_parameters()} == {torch.float32}
+    with peak_memory_estimate(cfg, 1) as peak_of:
+        peak = peak_of(full_row(128, [64, 32, 32]))
+    assert peak.parameters == sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def test_the_recipe_needs_no_weights(tmp_path, memory_config, capsys):
