@@ -42,6 +42,7 @@ def plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, 
     before, after = window_size
     assert after == 0
     assert enable_gqa
+    assert query.shape[2] == key.shape[2] == value.shape[2]
     outputs, sizes = [], []
     for (a, b), (c, d) in zip(
         itertools.pairwise(cu_seq_q.tolist()), itertools.pairwise(cu_seq_k.tolist()), strict=True

@@ -11,7 +11,8 @@ name                          what for
                               ``unset_fake_temporarily`` where a real one is needed
 ``MemTracker``                what holds memory while it does, and ``FSDPMemTracker`` with FSDP2
 ``FakeStore``                 a process group of ranks that do not exist
-``TorchDispatchMode``         sees every operator: the benchmark counts matrix products, and knows ``CPU_ATTENTION``
+``TorchDispatchMode``         sees every operator: the benchmark counts matrix products, and knows ``CPU_ATTENTION``;
+                              ``ShapesOfGroupedProducts``
 ``local_dtensor``             a sharded tensor around a local one that ``DTensor.from_local`` cannot take
 ============================= =========================================================================================
 """
@@ -40,6 +41,7 @@ __all__ = [
     "FakeStore",
     "FakeTensorMode",
     "MemTracker",
+    "ShapesOfGroupedProducts",
     "TorchDispatchMode",
     "apply_activation_checkpointing",
     "attention_operators",
@@ -67,6 +69,21 @@ def attention_operators() -> list[Any]:
         torch._higher_order_ops.flex_attention,
         torch._higher_order_ops.inductor_compiled_code,  # FlexAttention, compiled
     ]
+
+
+class ShapesOfGroupedProducts(TorchDispatchMode):
+    """Has products of groups, those of experts, on tensors without values: torch itself does for bf16 only."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **kwargs)
+        a, b = args[:2]
+        shape = [a.shape[-2], b.shape[-1]]
+        if a.dim() == b.dim():
+            offsets = args[2] if len(args) > 2 else kwargs["offs"]
+            shape.insert(0, len(a) if a.dim() == 3 else len(offsets))
+        return a.new_empty(shape)
 
 
 def raise_recompile_limits(limit: int, accumulated: int) -> None:

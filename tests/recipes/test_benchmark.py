@@ -143,6 +143,17 @@ def test_matrix_products_are_counted_and_those_of_attention_apart():
     assert record.attention_flops == (2 + 5) * 2 * 2 * 6 * 8 * 3
 
 
+def test_products_with_a_bias_and_those_of_experts_are_counted():
+    tokens, experts = torch.randn(6, 8), torch.randn(3, 8, 16, requires_grad=True)
+    bias, weight = torch.randn(4), torch.randn(4, 8)
+    with RecordProducts() as record:
+        F.linear(tokens, weight, bias)
+        F.grouped_mm(tokens, experts, offs=torch.tensor([1, 1, 6], dtype=torch.int32)).square().sum().backward()
+    shapes = {tuple(shape for shape, _ in operands): count for operands, count in record.operands.items()}
+    # each token with one expert's matrix, and the gradient of the matrices
+    assert shapes == {((6, 8), (8, 4)): 1, ((6, 8), (8, 16)): 1, ((8, 6), (6, 16)): 1}
+
+
 def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path):
     parts = benchmark(tmp_path).memory_of("20,5,6", "prefix")
     assert 0.1 < parts["peak_memory"] < 10

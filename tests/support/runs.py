@@ -120,6 +120,18 @@ def run_distributed(directory, num_processes, config="quickstart/distributed", *
     return directory / "out"
 
 
+def torchrun(num_processes, file, *arguments, timeout=200, **environment):
+    """A script in several processes, or in one; returns what it printed."""
+    launcher = [sys.executable]
+    if num_processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [*launcher, str(file), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def read_log(output_dir):
     """Every entry of the run's log as ``(step, metrics)``."""
     return curves.read_log(Path(output_dir) / "logs")
