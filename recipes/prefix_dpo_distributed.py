@@ -12,7 +12,7 @@ import logging
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from prefix_sharing.checkpoint import load_checkpoint_into
@@ -49,10 +49,11 @@ from prefix_sharing.run import (
     summarize_run,
 )
 from prefix_sharing.run.directory import find_resumed, locked_output_dir
+from prefix_sharing.run.finite import FiniteCheck
 from prefix_sharing.run.kl import estimate_kl, kl_of_step, loss_of_row
-from prefix_sharing.run.optimization import FiniteCheck, choose_seed, clip_grad_norm, seed_step
+from prefix_sharing.run.optimization import choose_seed, clip_grad_norm, seed_step
 from prefix_sharing.run.resuming import evaluation_of, forget_later_entries, remembered, stop_run, training_checkpoints
-from prefix_sharing.run.setup import compute_dtype, self_check
+from prefix_sharing.run.setup import compute_dtype, log_config, self_check
 from prefix_sharing.run.signals import StopRequest, stop_signals
 from prefix_sharing.scoring import ResponseLogProbs
 from prefix_sharing.trees import Row
@@ -103,7 +104,7 @@ class PrefixDPORecipeDistributed:
         forget_later_entries(cfg, self.resumed)
         if is_rank_zero():
             self.metric_logger = instantiate("metric_logger", cfg.metric_logger)
-            self.metric_logger.log_config(OmegaConf.merge(cfg, {"seed": self.seed}))
+            log_config(self.metric_logger, cfg, self.seed)
         self.reference = self.reference_val = None
         if self.loss.needs.reference:
             epochs_run = self.global_step // self.plan.steps_per_epoch
@@ -165,7 +166,12 @@ class PrefixDPORecipeDistributed:
 
     def save_state(self, metrics: StepMetrics) -> None:
         """Begins to save all that it takes to continue from this step."""
-        values = {"seed": self.seed, "metrics": metrics.state_dict(), "before": remembered(self.before)}
+        values = {
+            "seed": self.seed,
+            "metrics": metrics.state_dict(),
+            "finite": self.finite.state_dict(),
+            "before": remembered(self.before),
+        }
         self.training_checkpoints.save(self.global_step, self.model, self.optimizer, self.lr_scheduler, values)
 
     def train(self, stop: StopRequest) -> None:
@@ -179,8 +185,10 @@ class PrefixDPORecipeDistributed:
         after = None
         forward = functools.partial(self.forward, self.model)
         metrics = StepMetrics(self.device, self.loss.mean_over)
+        self.finite = FiniteCheck(cfg, self.dataset, self.device)
         if self.resumed is not None:
             metrics.load_state_dict(self.resumed.values["metrics"])
+            self.finite.load_state_dict(self.resumed.values["finite"])
         self.profiler.start()
         for epoch in range(self.global_step // self.plan.steps_per_epoch, cfg.epochs):
             first_step = self.global_step % self.plan.steps_per_epoch
@@ -194,7 +202,7 @@ class PrefixDPORecipeDistributed:
             steps = self.plan.epoch(epoch)
             for step in self.step_loader(self.dataset, steps, first_step, kl_apart=self.loss.needs.kl):
                 seed_step(self.seed, self.global_step)
-                finite = FiniteCheck(self.device)
+                metrics.begin_step()
                 kl = kl_of_step(step, forward, self.reference, self.device)
                 for i, row in enumerate(step.rows, start=1):
                     # Gradients are added up over ranks in the backward pass of the step's last Row.
@@ -207,15 +215,18 @@ class PrefixDPORecipeDistributed:
                     loss = self.loss_of(row, output, self.reference, kl)
                     # The mean over the step's pairs (or other terms) on all ranks, by whose number FSDP divides.
                     (loss.losses.sum() * self.mesh.size() / step.num_terms).backward()
-                    finite.add(row, loss.losses)
+                    self.finite.add(row, output, loss)
                     metrics.add(row, output, loss)
                 if kl is not None:
                     metrics.add_kl(kl)
 
                 grad_norm = clip_grad_norm(self.model, cfg.clip_grad_norm)
-                finite.check(grad_norm, step, self.dataset, self.global_step + 1)
                 lr = self.optimizer.param_groups[0]["lr"]
-                self.optimizer.step()
+                is_finite = self.finite.passes(grad_norm, step, self.global_step + 1)
+                if is_finite:
+                    self.optimizer.step()
+                else:
+                    metrics.forget_step()
                 self.optimizer.zero_grad(set_to_none=True)
                 if self.lr_scheduler is not None:
                     self.lr_scheduler.step()
@@ -223,7 +234,9 @@ class PrefixDPORecipeDistributed:
                 progress.update()
 
                 if self.global_step % cfg.log_every_n_steps == 0 or self.global_step == self.num_steps:
-                    values = metrics.compute() | {"lr": lr, "grad_norm": grad_norm.item()}
+                    values = metrics.compute() | {"lr": lr} | self.finite.metrics()
+                    if is_finite:
+                        values["grad_norm"] = grad_norm.item()
                     if cfg.log_peak_memory_stats:
                         values |= peak_memory(self.device) | memory_by_part(self.model, self.optimizer)
                     if is_rank_zero():

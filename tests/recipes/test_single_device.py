@@ -14,7 +14,6 @@ from plain import plain_log_probs
 from prefix_sharing.config import TrainingConfig, check_config
 from prefix_sharing.errors import UserError
 from prefix_sharing.quickstart import preference_pairs, tokenizer
-from prefix_sharing.run.signals import StopRequest
 from prefix_sharing.tokenizers import hf_chat_tokenizer
 from runs import (
     eval_log,
@@ -23,7 +22,6 @@ from runs import (
     load_plain_model,
     losses,
     make_config,
-    make_recipe,
     read_log,
     run_in_process,
     training_log,
@@ -168,44 +166,6 @@ def test_curves_are_of_one_run(tmp_path, monkeypatch):
     run_in_process(tmp_path, max_steps_per_epoch=2, dataset_val=None)
     (line,) = drawn[0].axes[0].lines
     assert line.get_xdata().tolist() == [1, 2]
-
-
-def test_a_run_that_diverges_stops_and_names_step_and_examples(tmp_path):
-    recipe = make_recipe(tmp_path, **{"optimizer.lr": 1e30, "lr_scheduler": None, "dataset_val": None})
-    recipe.setup()
-    with pytest.raises(UserError, match="Training diverged at step 2: the loss is not finite. Its examples are record"):
-        recipe.train(StopRequest())
-    assert len(losses(tmp_path)) == 1
-    assert not (tmp_path / "epoch_0").exists()
-
-
-def test_the_examples_whose_loss_is_not_finite_are_named_and_nothing_is_updated(tmp_path):
-    recipe = make_recipe(tmp_path, dataset_val=None)
-    recipe.setup()
-    bad = recipe.plan.epoch(0)[1].example_index[2]
-    recipe.reference.log_probs[bad, 1] = torch.nan
-    saved = {}
-    step = recipe.optimizer.step
-
-    def remember():
-        step()
-        saved.update({name: tensor.clone() for name, tensor in recipe.model.state_dict().items()})
-
-    recipe.optimizer.step = remember
-    record = f"record {bad} of the split of generated pairs"
-    with pytest.raises(
-        UserError, match=rf"at step 2: the loss is not finite. Its examples are {record} \(seed 0\)\. N"
-    ):
-        recipe.train(StopRequest())
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in recipe.model.state_dict().items())
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
-    recipe = make_recipe(tmp_path, dataset_val=None)
-    recipe.setup()
-    recipe.model.layers[0].mlp.w1.weight.register_hook(lambda gradient: gradient * torch.inf)
-    with pytest.raises(UserError, match="at step 1: the norm of the gradient is not finite. Its examples are record"):
-        recipe.train(StopRequest())
 
 
 def test_without_clipping_no_gradient_is_changed(tmp_path, monkeypatch):

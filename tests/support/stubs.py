@@ -8,6 +8,9 @@ from omegaconf import OmegaConf
 from torchtune import config, training
 from torchtune.models.llama3 import llama3
 
+from prefix_sharing.distributed import this_rank
+from prefix_sharing.losses import DPOLoss
+
 
 class StubCheckpointer:
     """The weights of a small model, and an empty directory written."""
@@ -37,6 +40,25 @@ def attend_with_alibi(q, k, v, **kwargs):
     bias = slopes[:, None, None] * (position[None, :] - position[:, None])
     bias = bias.masked_fill(position[None, :] > position[:, None], float("-inf"))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+class DivergingLoss(DPOLoss):
+    """DPO, whose first loss of a Row is not a number at some of its calls in training on one rank."""
+
+    def __init__(self, *, at_calls, on_rank=0, **kwargs):
+        super().__init__(**kwargs)
+        self._at_calls = at_calls
+        self._on_rank = on_rank
+        self._calls = 0
+
+    def __call__(self, policy, reference, pairs):
+        found = super().__call__(policy, reference, pairs)
+        self._calls += torch.is_grad_enabled()
+        if not torch.is_grad_enabled() or self._calls not in self._at_calls or this_rank().rank != self._on_rank:
+            return found
+        factor = torch.ones_like(found.losses)
+        factor[0] = torch.nan
+        return found._replace(losses=found.losses * factor)
 
 
 class LossOfAnotherKind:

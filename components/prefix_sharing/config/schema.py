@@ -156,6 +156,11 @@ class TrainingConfig:
     """Whether to compile the layers."""
     clip_grad_norm: float | None = above(0, default=None)
     """Maximum norm of the gradient, to which larger ones are scaled down."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What happens at a step whose loss or gradient is not finite. ``stop`` ends the run, ``skip`` leaves the step's
+    update and numbers out and goes on; both name the examples."""
+    max_nonfinite_in_a_row: int = at_least(1, default=5)
+    """Steps in a row that ``on_nonfinite: skip`` leaves out before the run ends."""
     enable_activation_checkpointing: bool = False
     """Computes activations again in the backward pass: less memory, more time."""
     ac_mode: Literal["full", "selective"] = "full"

@@ -44,6 +44,17 @@ class StepMetrics:
         self._num_tokens = 0
         self._paired_tokens = 0
         self._start = time.perf_counter()
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Marks where ``forget_step`` goes back to."""
+        counts = (self._num_terms, self._num_examples, self._num_tokens, self._paired_tokens)
+        self._before = ({name: total.clone() for name, total in self._sums.items()}, list(self._kl), counts)
+
+    def forget_step(self) -> None:
+        """Takes back what was added since ``begin_step``."""
+        self._sums, self._kl, counts = self._before
+        self._num_terms, self._num_examples, self._num_tokens, self._paired_tokens = counts
 
     def add(self, row: Row, output: ResponseLogProbs, loss: LossOutput) -> None:
         """Adds one Row.
@@ -119,7 +130,7 @@ class StepMetrics:
         Returns:
             dict[str, float]: the loss, means over pairs or labelled responses if there are any, ``tokens_saved`` (share
             of the paired format's tokens that sharing avoided), ``examples_per_second``, and
-            ``tokens_per_second_per_gpu`` (tokens computed).
+            ``tokens_per_second_per_gpu`` (tokens computed); nothing if all steps were taken back.
         """
         counts = [self._num_terms, self._num_examples, self._num_tokens, self._paired_tokens]
         of_rows = torch.stack(list(self._sums.values()))
@@ -128,6 +139,8 @@ class StepMetrics:
         num_terms, num_examples, num_tokens, paired_tokens = sums[len(totals) :]
         seconds = time.perf_counter() - self._start
         world_size = this_rank().world_size
+        if num_terms == 0:
+            return {}
 
         metrics = {"loss": totals["loss"] / num_terms}
         if self._has_aux_loss:

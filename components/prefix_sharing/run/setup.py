@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import training, utils
 
 from prefix_sharing.attention import choose_attention_backend
-from prefix_sharing.config import component_name, explained, instantiate
+from prefix_sharing.config import component_name, explained, instantiate, without_secrets
 from prefix_sharing.datasets import PrefixPreferenceDataset
 from prefix_sharing.distributed import broadcast_object, check_processes_joined, is_rank_zero
 from prefix_sharing.errors import ConfigError, UserError
@@ -170,6 +170,20 @@ def build_lr_scheduler(cfg: DictConfig, optimizer: Optimizer, num_training_steps
     if cfg.lr_scheduler is None:
         return None
     return instantiate("lr_scheduler", cfg.lr_scheduler, optimizer, num_training_steps=num_training_steps)
+
+
+def log_config(metric_logger: Any, cfg: DictConfig, seed: int) -> None:
+    """Logs and saves a run's config with its secrets masked.
+
+    Args:
+        metric_logger (Any): one of torchtune's, which save ``torchtune_config.yaml``.
+        cfg (DictConfig): the run's config.
+        seed (int): the seed that was chosen.
+    """
+    chosen: Any = OmegaConf.merge(cfg, {"seed": seed})
+    metric_logger.log_config(without_secrets(chosen))
+    # Loggers resolve references, a file need not.
+    OmegaConf.save(without_secrets(chosen, keep_references=True), Path(cfg.output_dir) / "torchtune_config.yaml")
 
 
 def build_profiler(cfg: DictConfig) -> Any:

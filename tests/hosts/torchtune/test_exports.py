@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from prefix_sharing.hosts.torchtune.exports import complete_export
+from prefix_sharing.hosts.torchtune.exports import complete_export, remove_unknown_copies
 
 INDEX = "model.safetensors.index.json"
 
@@ -142,3 +143,20 @@ def test_what_is_not_hugging_faces_is_left_alone(epoch):
     before = {file: file.read_bytes() for file in epoch.iterdir()}
     complete_export(epoch, None, adapter_only=True)
     assert {file: file.read_bytes() for file in epoch.iterdir()} == before
+
+
+def test_of_what_torchtune_copies_only_what_belongs_to_a_model_stays(tmp_path, base):
+    known = ["config.json", "tokenizer.json", "tokenizer.model", "generation_config.json", "chat_template.jinja"]
+    known += ["LICENSE", "original/tokenizer.model", "original/params.json"]
+    unknown = ["secret.env", "notes.txt", "original/id_rsa", "runs/log/events.json", "data.jsonl"]
+    for name in known + unknown:
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text("{}")
+    (base / "model.safetensors").write_bytes(b"")
+    epoch_dir = tmp_path / "epoch_0"
+    shutil.copytree(base, epoch_dir)
+    write_weights(epoch_dir, {"a": torch.zeros(3)})
+    remove_unknown_copies(epoch_dir, base)
+    left = {str(file.relative_to(epoch_dir)) for file in epoch_dir.rglob("*")}
+    assert left == {*known, INDEX, "model.safetensors", "model-00001-of-00001.safetensors", "original"}
+    assert all((base / name).exists() for name in known + unknown)

@@ -1,10 +1,11 @@
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torchtune.models.llama3_2 import llama3_2
 
 from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.errors import UserError
-from prefix_sharing.hosts import to_tree_model
+from prefix_sharing.hosts import load_checkpoint, to_tree_model
 
 DIMS = {"vocab_size": 11, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 8, "max_seq_len": 16}
 
@@ -54,3 +55,14 @@ def test_a_checkpoint_with_something_missing_is_refused():
     del weights["norm.scale"]
     with pytest.raises(UserError, match="norm.scale is missing in the checkpoint, but 8 in the model"):
         model_without_weights().load_weights(Checkpoint(weights), seed=0)
+
+
+@pytest.mark.parametrize("file", ["../other/model.safetensors", "/etc/model.bin", "a/../../model.bin"])
+def test_files_outside_of_the_checkpoints_directory_are_refused(tmp_path, file):
+    component = "torchtune.training.FullModelHFCheckpointer"
+    node = {"_component_": component, "checkpoint_dir": str(tmp_path / "model"), "checkpoint_files": [file]}
+    with pytest.raises(UserError, match=r"'checkpointer.checkpoint_files': .* is not in checkpoint_dir; set that to"):
+        load_checkpoint("checkpointer", OmegaConf.create(node))
+    node["checkpoint_files"] = {"filename_format": file, "max_filename": "00002"}
+    with pytest.raises(UserError, match="is not in checkpoint_dir"):
+        load_checkpoint("checkpointer", OmegaConf.create(node))

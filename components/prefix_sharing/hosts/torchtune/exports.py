@@ -1,7 +1,8 @@
 """What torchtune 0.6.1 leaves wrong in a directory it has written for transformers, PEFT and vLLM.
 
-It copies every file of the base model but its weights. So ``config.json`` states the base model's dtype, and it lies
-next to adapters, which transformers then takes for a whole model. And an adapter does not say what it is of.
+It copies every file of the base model but its weights, whatever it is. So ``config.json`` states the base model's
+dtype, and it lies next to adapters, which transformers then takes for a whole model. And an adapter does not say what
+it is of.
 """
 
 import json
@@ -12,11 +13,38 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY
+
+from prefix_sharing.hosts.companions import is_companion
 
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _ADAPTER_CONFIG = "adapter_config.json"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """What the header of a safetensors file calls dtypes, with torch's names."""
+
+
+_DESCRIPTIONS = ("config.json", "params.json")
+"""What describes a base model, in Hugging Face's format and in Meta's."""
+
+
+def remove_unknown_copies(epoch_dir: Path, base: Path) -> None:
+    """Removes copies of files that do not belong to a model, such as notes or passwords next to it.
+
+    Args:
+        epoch_dir (Path): what a checkpointer has written after an epoch.
+        base (Path): the base model's directory.
+    """
+    for path in sorted(epoch_dir.rglob("*"), reverse=True):  # what is in a directory before the directory
+        if path.is_dir():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif (base / path.relative_to(epoch_dir)).exists() and not _belongs(path):
+            path.unlink()
+
+
+def _belongs(file: Path) -> bool:
+    is_written = file.name.endswith(tuple(SUFFIXES_TO_NOT_COPY)) or file.name == _ADAPTER_CONFIG
+    return is_written or file.name in _DESCRIPTIONS or is_companion(file)
 
 
 def complete_export(epoch_dir: Path, base_config: Path | None, *, adapter_only: bool) -> None:

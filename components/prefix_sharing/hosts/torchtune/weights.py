@@ -1,12 +1,13 @@
 """Reading and writing weights with torchtune's checkpointers, into and out of models that may be sharded."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchtune import training
 
@@ -23,7 +24,7 @@ from prefix_sharing.hosts.torchtune.adapters import (
     is_adapter_key,
     merged,
 )
-from prefix_sharing.hosts.torchtune.exports import complete_export
+from prefix_sharing.hosts.torchtune.exports import complete_export, remove_unknown_copies
 from prefix_sharing.hosts.torchtune.geometry import check_geometry, config_file_of
 from prefix_sharing.hosts.torchtune.quantization import dequantized, load_quantized
 
@@ -47,8 +48,25 @@ def load_checkpoint(key: str, node: DictConfig, *, adapter: str | None = None) -
         tuple[Any, Checkpoint]: the checkpointer and what it read; on other ranks None and a checkpoint without tensors.
 
     Raises:
-        UserError: if there is no such checkpoint.
+        UserError: if there is no such checkpoint, or its files are outside of its directory.
     """
+    _check_files_are_inside(key, node)
+    return _load(key, node, adapter)
+
+
+def _check_files_are_inside(key: str, node: DictConfig) -> None:
+    directory, files = node.get("checkpoint_dir"), node.get("checkpoint_files")
+    if not isinstance(directory, str):
+        return
+    if OmegaConf.is_dict(files):
+        files = [files.get("filename_format")]
+    for file in files or []:
+        # Links are not followed: in the hub's cache, every file is one.
+        if os.path.relpath(os.path.join(directory, str(file)), directory).startswith(".."):
+            raise ConfigError(f"{key}.checkpoint_files", f"{file} is not in checkpoint_dir; set that to its directory")
+
+
+def _load(key: str, node: DictConfig, adapter: str | None = None) -> tuple[Any, Checkpoint]:
     checkpointer: Any = None
     checkpoint = Checkpoint()
     if is_rank_zero():
@@ -89,7 +107,7 @@ def load_trained_checkpoint(key: str, node: DictConfig, epoch: int) -> Checkpoin
         return load_checkpoint(key, node, adapter=str(adapter))[1]
     node = node.copy()
     node.checkpoint_files = [str(file.resolve()) for file in _weight_files(epoch_dir)]
-    return load_checkpoint(key, node)[1]
+    return _load(key, node)[1]
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, seed: int) -> None:
@@ -147,6 +165,8 @@ def save_checkpoint(checkpointer: Any, model: nn.Module, *, epoch: int, cfg: Dic
             _write(checkpointer, content, epoch, epoch_dir, adapter_only)
             if has_adapter(model) and (epoch_dir / _PEFT_FILE).exists():
                 correct_peft_file(epoch_dir / _PEFT_FILE, adapter, model)
+            if hasattr(checkpointer, "_checkpoint_dir"):
+                remove_unknown_copies(epoch_dir, Path(checkpointer._checkpoint_dir))
             complete_export(epoch_dir, config_file_of(checkpointer), adapter_only=adapter_only)
 
 

@@ -14,6 +14,7 @@ from prefix_sharing.checkpoint import Checkpoint, complete_directory, full_weigh
 from prefix_sharing.config import instantiate
 from prefix_sharing.distributed import is_rank_zero
 from prefix_sharing.errors import ConfigError
+from prefix_sharing.hosts.companions import is_companion
 from prefix_sharing.hosts.fitting import check_tensors_fit
 from prefix_sharing.hosts.transformers.adapters import (
     ADAPTER_FILE,
@@ -33,21 +34,6 @@ from prefix_sharing.hosts.transformers.files import WeightFiles, local_directory
 log = logging.getLogger(__name__)
 
 _DTYPES = {None: torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "chat_template.json",
-    "LICENSE*",
-    "NOTICE*",
-)
-"""Files of the base that belong to what is trained of it, too; no other file is copied."""
 
 
 @dataclass(frozen=True)
@@ -243,5 +229,5 @@ def save_model(model: Any, checkpointer: DirectoryCheckpointer, epoch_dir: Path)
 
 def _copy_companions(base: Path, epoch_dir: Path) -> None:
     for file in base.iterdir():
-        if file.is_file() and any(file.match(pattern) for pattern in _COMPANIONS):
+        if file.is_file() and is_companion(file):
             shutil.copyfile(file, epoch_dir / file.name)
