@@ -92,7 +92,7 @@ class PrefixDPORecipeSingleDevice:
             "checkpointer", cfg.checkpointer, adapter=cfg.adapter_checkpoint
         )
         self.model.load_weights(checkpoint, self.seed)
-        forget_later_entries(cfg, self.resumed)
+        forget_later_entries(cfg, self.resumed, self.num_steps)
         self.metric_logger = instantiate("metric_logger", cfg.metric_logger)
         log_config(self.metric_logger, cfg, self.seed)
         self.reference = self.reference_val = None
@@ -162,7 +162,7 @@ class PrefixDPORecipeSingleDevice:
         """
         cfg = self.cfg
         self.before = self.evaluate() if self.resumed is None else evaluation_of(self.resumed.values["before"])
-        after = None
+        after, evaluated_at = self.before, 0
         forward = functools.partial(self.forward, self.model)
         metrics = StepMetrics(self.device, self.loss.mean_over)
         self.finite = FiniteCheck(cfg, self.dataset, self.device)
@@ -221,7 +221,7 @@ class PrefixDPORecipeSingleDevice:
                     metrics = StepMetrics(self.device, self.loss.mean_over)
                 if cfg.run_val_every_n_steps is not None and self.global_step % cfg.run_val_every_n_steps == 0:
                     with metrics.paused():
-                        after = self.evaluate()
+                        after, evaluated_at = self.evaluate(), self.global_step
                 self.profiler.step()
                 exit_code = stop.exit_code()
                 if self.global_step % self.plan.steps_per_epoch != 0:  # else after the epoch's weights
@@ -238,7 +238,7 @@ class PrefixDPORecipeSingleDevice:
                 stop_run(self.training_checkpoints, self.global_step, exit_code)
         self.training_checkpoints.wait()
         self.profiler.stop()
-        if after is None or self.global_step % cfg.run_val_every_n_steps != 0:
+        if evaluated_at != self.global_step:
             after = self.evaluate()
         draw_curves(cfg, self.metric_logger)
         report_margins(cfg, self.dataset_val, self.before, after)

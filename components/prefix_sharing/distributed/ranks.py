@@ -5,6 +5,7 @@ Every function works with one process, too, so that both recipes call the same c
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from prefix_sharing.distributed.processes import end_with_parent
 from prefix_sharing.errors import UserError
 
 _STEP_TIMEOUT = timedelta(minutes=10)
@@ -56,6 +58,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         raise UserError(
             "prefix_dpo_distributed needs a launcher: tune run --nproc_per_node N prefix_dpo_distributed ..."
         )
+    end_with_parent(signal.SIGTERM)  # which a launcher that is killed with -9 cannot send
     # The CPU's backend serves parameters that are offloaded to the CPU.
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_STEP_TIMEOUT)
