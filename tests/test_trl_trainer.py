@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import inspect
 import json
 import os
@@ -17,7 +18,7 @@ trl = pytest.importorskip("trl", reason="TRL is not installed: pip install '.[tr
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
 from accelerate.parallelism_config import ParallelismConfig  # noqa: E402
-from datasets import Dataset  # noqa: E402
+from datasets import Dataset, load_from_disk  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head  # noqa: E402
@@ -359,29 +360,54 @@ def test_another_version_of_trl_is_refused():
     assert "is made for TRL 1.16, not 1.17.0" in done.stderr
 
 
-SCRIPT = """
+OF_EACH_PROCESS = """
 import json, sys
 import torch
 torch.set_num_threads(1)
 sys.path[:0] = {paths!r}
 import test_trl_trainer as tests
-trainer = tests.trained(getattr(tests, sys.argv[1]), {directory!r}, tests.Path({output!r}), max_steps=5)
-if trainer.is_world_process_zero():
-    tests.Path(sys.argv[2]).write_text(json.dumps(trainer.state.log_history))
+tests.train_in_two_processes({directory!r}, tests.Path({output!r}))
 """
+
+
+def train_in_two_processes(directory, output):
+    """What each of two processes runs; the first writes down what was logged."""
+    runs = {"full": {"gradient_accumulation_steps": 2, "arguments": {"eval_dataset": records(7, seed=1)}}}
+    if importlib.util.find_spec("peft"):
+        from peft import LoraConfig
+
+        lora = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+        runs["adapter"] = {"precompute_ref_log_probs": True, "arguments": {"peft_config": lora}}
+    logs = {name: [] for name in runs}
+    for name, options in runs.items():
+        for each in BOTH:
+            trainer = build(each, directory, output, data=load_from_disk(output / each.__name__), **options)
+            trainer.train()
+            if trainer.eval_dataset is not None:
+                trainer.evaluate()
+            batch = next(iter(trainer.get_train_dataloader()))
+            first, second = trainer.accelerator.gather(batch["attention_mask"].sum()).tolist()
+            assert first != second
+            logs[name].append(trainer.state.log_history)
+    if trainer.is_world_process_zero():
+        (output / "logs.json").write_text(json.dumps(logs))
 
 
 @pytest.mark.slow
 def test_two_processes_are_trls(directory, tmp_path):
+    pairs = list(generate_pairs(40, seed=0))
+    uneven = [pair | {"prompt": pair["prompt"][: 37 * (i + 1) % 400]} for i, pair in enumerate(pairs)]
+    for each in BOTH:  # in a directory of its own, where TRL caches reference log-probs
+        Dataset.from_list(uneven).save_to_disk(tmp_path / each.__name__)
     script = tmp_path / "script.py"
     paths = [str(Path(__file__).parent), str(Path(__file__).parent / "support")]
-    script.write_text(SCRIPT.format(paths=paths, directory=directory, output=str(tmp_path)))
-    logs = []
-    for each in BOTH:
-        log = tmp_path / f"{each.__name__}.json"
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        done = subprocess.run([sys.executable, *launch, script, each.__name__, log], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        logs.append(json.loads(log.read_text()))
-    assert logs[1][0]["num_tokens"] > 800  # of both processes
-    assert largest_difference(*logs) < TOLERANCE
+    script.write_text(OF_EACH_PROCESS.format(paths=paths, directory=directory, output=str(tmp_path)))
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    done = subprocess.run([sys.executable, *launch, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, logs in json.loads((tmp_path / "logs.json").read_text()).items():
+        of_rewards = [key for key in logs[0][0] if key.startswith("rewards/")]
+        apart, of_losses = largest_difference(*logs), largest_difference(*logs, ["loss", *of_rewards])
+        print(f"{name}: apart by {apart:.1e}, losses and rewards by {of_losses:.1e}")
+        assert apart < TOLERANCE
+        assert of_losses < 0.1 * TOLERANCE  # log-probs of about 100, in fp32, times beta
