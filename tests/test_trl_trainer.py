@@ -24,6 +24,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head  # noqa: E402
 
 from directories import make_directory  # noqa: E402
+from documents import ROOT  # noqa: E402
 from prefix_sharing import trl as ours  # noqa: E402
 from prefix_sharing.errors import UserError  # noqa: E402
 from prefix_sharing.quickstart.pairs import generate_pairs  # noqa: E402
@@ -411,3 +412,20 @@ def test_two_processes_are_trls(directory, tmp_path):
         print(f"{name}: apart by {apart:.1e}, losses and rewards by {of_losses:.1e}")
         assert apart < TOLERANCE
         assert of_losses < 0.1 * TOLERANCE  # log-probs of about 100, in fp32, times beta
+
+
+def test_speeds_are_compared(directory, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("trl_speed", ROOT / "examples" / "trl_speed.py")
+    speed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(speed)
+    monkeypatch.setattr(speed, "ROUNDS", 2)
+    monkeypatch.setattr(speed, "STEPS", 1)
+    monkeypatch.setattr(sys, "argv", ["trl_speed.py", directory])
+    speed.main()
+    printed = capsys.readouterr().out
+    for lengths in ("512,128,128", "hh"):
+        assert re.search(rf"^{lengths}: steps per second [\d.]+ / [\d.]+ = [\d.]+$", printed, re.MULTILINE)
+        assert (
+            float(re.search(rf"^{lengths}: log-probs and gradients agree to (.*)$", printed, re.MULTILINE)[1])
+            < TOLERANCE
+        )
