@@ -103,14 +103,25 @@ class _MLPAtPredictors:
     predictor_index: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        index = self.predictor_index
-        if index is None:
-            return super().forward(x)  # type: ignore[misc]
-        at_predictors = super().forward(x.index_select(1, index))  # type: ignore[misc]
-        # Padding repeats the last index, which must be added once.
-        is_first = torch.ones_like(index, dtype=torch.bool)
-        is_first[1:] = index[1:] != index[:-1]
-        return torch.zeros_like(x).index_add(1, index, at_predictors * is_first[:, None].to(x.dtype))
+        plain = super().forward  # type: ignore[misc]
+        return plain(x) if self.predictor_index is None else compute_at(self.predictor_index, plain, x)
+
+
+def compute_at(index: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """A function of tokens, computed only for some of them; it is zero for the others.
+
+    Args:
+        index (torch.Tensor): indices of those tokens, ascending; padding repeats the last.
+        function (Callable[[torch.Tensor], torch.Tensor]): the function.
+        x (torch.Tensor): what it is computed of, shape ``[1, s, dim]``.
+
+    Returns:
+        torch.Tensor: shape ``[1, s, dim]``.
+    """
+    # Padding must be added once.
+    is_first = torch.ones_like(index, dtype=torch.bool)
+    is_first[1:] = index[1:] != index[:-1]
+    return torch.zeros_like(x).index_add(1, index, function(x.index_select(1, index)) * is_first[:, None].to(x.dtype))
 
 
 class _LastLayer:
@@ -318,8 +329,8 @@ def to_tree_model(
     decoder = model.get_decoder()
     decoder.__class__ = _mixed_with(_DecoderOrGiven, type(decoder))
     last_layer = decoder.layers[-1]
-    mlp = _mlp_of(last_layer)
-    if mlp is not None and not any("expert" in name or "router" in name for name, _ in mlp.named_modules()):
+    mlp = mlp_without_experts(last_layer)
+    if mlp is not None:
         mlp.__class__ = _mixed_with(_MLPAtPredictors, type(mlp))
         last_layer.__class__ = _mixed_with(_LastLayer, type(last_layer))
     model.__class__ = _mixed_with(TreeCausalLM, type(model))
@@ -346,6 +357,13 @@ def _mixed_with(mixin: type, cls: type) -> type:
 def _mlp_of(layer: nn.Module) -> nn.Module | None:
     mlp = getattr(layer, "mlp", None)
     return mlp if isinstance(mlp, nn.Module) else None
+
+
+def mlp_without_experts(layer: nn.Module) -> nn.Module | None:
+    """The MLP of a layer, or None if it has experts: they take all tokens."""
+    mlp = _mlp_of(layer)
+    has_experts = mlp is None or any("expert" in name or "router" in name for name, _ in mlp.named_modules())
+    return None if has_experts else mlp
 
 
 @contextlib.contextmanager
