@@ -1,7 +1,7 @@
 """Which ranks still live: a thread of each counts up in the launcher's store, and looks whether the others do.
 
-A collective alone does not tell: over NCCL it ends the process without a word, and over gloo after ten minutes (hours, in
-set-up) without a name.
+A collective alone does not tell: over NCCL it ends the process without a word, and over gloo after minutes (in set-up,
+hours) without a name.
 """
 
 import os
