@@ -36,7 +36,7 @@ class Moment:
 
     Attributes:
         name (str): for the table.
-        has_come (Callable[[Run, int], bool]): whether a run that began after a step is there.
+        has_come (Callable[[Run, int], bool]): whether a run is there, at or after a step.
         spread (float): up to how many seconds later to kill it.
         cold (bool): whether the run needs empty caches to come there.
     """
@@ -50,9 +50,9 @@ class Moment:
 MOMENTS = (
     Moment("in tokenizing", lambda run, _: any(run.datasets_cache.rglob("*")), 0.5, cold=True),
     Moment("in the reference pass", lambda run, _: "reference log-probs" in run.said(), 0.7, cold=True),
-    Moment("in a step", lambda run, first: run.last_step() > first, 0.5),
-    Moment("in a save", lambda run, _: any(run.output_dir.glob("checkpoints/step_*.writing")), 0.05),
-    Moment("in the export", lambda run, _: any(run.output_dir.glob("epoch_*.*")), 0.03),
+    Moment("in a step", lambda run, step: run.last_step() >= step, 0.5),
+    Moment("in a save", lambda run, step: run.is_writing("checkpoints/step_*.writing", step), 0.05),
+    Moment("in the export", lambda run, step: run.is_writing("epoch_*.writing", step), 0.03),
 )
 
 
@@ -95,11 +95,10 @@ class Run:
         if self.start().wait() != 0:
             raise SystemExit(f"The run failed:\n{self.said()[-3000:]}")
 
-    def kill_at(self, moment: Moment, rng: random.Random) -> bool:
-        """Continues it and kills it; false if it ended before that moment came."""
-        first = self.last_saved()
+    def kill_at(self, moment: Moment, step: int, rng: random.Random) -> bool:
+        """Continues it and kills it at or after a step; false if it ended before that moment came."""
         process = self.start(cold=moment.cold)
-        while not moment.has_come(self, first):
+        while not moment.has_come(self, step):
             if process.poll() is not None:
                 if process.returncode != 0:
                     raise SystemExit(f"The run failed:\n{self.said()[-3000:]}")
@@ -124,6 +123,10 @@ class Run:
         """The step of its newest training checkpoint."""
         names = (path.name for path in (self.output_dir / "checkpoints").glob("step_*"))
         return max((int(name[5:]) for name in names if name[5:].isdecimal()), default=0)
+
+    def is_writing(self, pattern: str, step: int) -> bool:
+        """Whether it is writing such a directory, at or after a step."""
+        return any(self.output_dir.glob(pattern)) and self.last_step() >= step
 
     def left_over(self) -> list[str]:
         """Directories that were begun and not finished."""
@@ -161,6 +164,7 @@ def kill_and_resume(directory: Path, arguments: list[str], num_kills: int, *, se
     whole.finish()
     killed = Run(directory / "killed", arguments)
     rng = random.Random(seed)
+    num_steps = max(step for step, _ in whole.losses())
     moments = [MOMENTS[i % len(MOMENTS)] for i in range(num_kills)]
     rng.shuffle(moments)
     alive: list[int] = []
@@ -168,7 +172,7 @@ def kill_and_resume(directory: Path, arguments: list[str], num_kills: int, *, se
     print(f"{'kill':>4}  {'moment':22}  {'continued from':>14}  {'last step logged':>16}  left over")
     for i, moment in enumerate(moments, start=1):
         first = killed.last_saved()
-        if not killed.kill_at(moment, rng):
+        if not killed.kill_at(moment, i * num_steps // (num_kills + 1), rng):
             not_reached.append(moment.name)
         alive += killed.processes()
         left = ", ".join(killed.left_over()) or "nothing"
