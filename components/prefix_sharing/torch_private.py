@@ -11,8 +11,8 @@ name                          what for
                               ``unset_fake_temporarily`` where a real one is needed
 ``MemTracker``                what holds memory while it does, and ``FSDPMemTracker`` with FSDP2
 ``FakeStore``                 a process group of ranks that do not exist
-``TorchDispatchMode``         sees every operator: the benchmark counts matrix products, and knows ``CPU_ATTENTION``;
-                              ``ShapesOfGroupedProducts``
+``TorchDispatchMode``         sees every operator: the benchmark counts matrix products, and knows ``CPU_ATTENTION``
+                              and ``GROUPED_PRODUCT``; ``ShapesOfGroupedProducts``
 ``local_dtensor``             a sharded tensor around a local one that ``DTensor.from_local`` cannot take
 ============================= =========================================================================================
 """
@@ -37,6 +37,7 @@ __all__ = [
     "CHECKPOINT_PREFIX",
     "CPU_ATTENTION",
     "CPU_ATTENTION_BACKWARD",
+    "GROUPED_PRODUCT",
     "FSDPMemTracker",
     "FakeStore",
     "FakeTensorMode",
@@ -56,6 +57,9 @@ CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+GROUPED_PRODUCT = torch.ops.aten._grouped_mm.default
+"""Of experts."""
 
 
 def attention_operators() -> list[Any]:

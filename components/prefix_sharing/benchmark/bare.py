@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from prefix_sharing.torch_private import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, TorchDispatchMode
+from prefix_sharing.torch_private import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, GROUPED_PRODUCT, TorchDispatchMode
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
 _PLUS_A_BIAS = torch.ops.aten.addmm.default
-_OF_EXPERTS = torch.ops.aten._grouped_mm.default
 # How many products each attention kernel makes of a matrix of scores: S, then S V; again S, then the gradients of
 # V, S, Q and K.
 _ATTENTION = {
@@ -40,7 +39,7 @@ class RecordProducts(TorchDispatchMode):
             self._add(*args)
         elif func is _PLUS_A_BIAS:
             self._add(*args[1:3])
-        elif func is _OF_EXPERTS:
+        elif func is GROUPED_PRODUCT:
             # As many operations as one product has with a single expert that gets every token.
             a, b = (operand[0] if operand.dim() == 3 else operand for operand in args[:2])
             self._add(a, b)
