@@ -51,7 +51,7 @@ def benchmark(directory, config="benchmark/cpu", **overrides):
 
 
 @pytest.mark.parametrize("config", ["benchmark/cpu", "benchmark/cuda"])
-def test_everything_is_measured(tmp_path, config, capsys):
+def test_everything_is_measured(tmp_path, config, capsys, pictures):
     benchmark(tmp_path, config).run()
     results = json.loads((tmp_path / "benchmark.json").read_text())
     assert [workload["name"] for workload in results["workloads"]] == ["hh", "20,5,6"]
@@ -81,7 +81,7 @@ def test_everything_is_measured(tmp_path, config, capsys):
     assert printed.count("power") == 2
 
 
-def test_what_is_not_asked_for_is_not_measured(tmp_path):
+def test_what_is_not_asked_for_is_not_measured(tmp_path, pictures):
     benchmark(tmp_path, measure=["scaling"]).run()
     assert "workloads" not in json.loads((tmp_path / "benchmark.json").read_text())
     assert [file.name for file in tmp_path.glob("*.png")] == ["scaling.png"]
