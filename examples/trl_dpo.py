@@ -1,7 +1,7 @@
 """A script for TRL's DPOTrainer, in which one import makes it compute every prompt once.
 
     python examples/trl_dpo.py [directory of a model]
-    accelerate launch --num_processes 2 examples/trl_dpo.py [directory of a model]
+    accelerate launch --multi_gpu --num_processes 2 examples/trl_dpo.py [directory of a model]
 
 Without a directory it makes a small random model, so that it can be tried anywhere.
 """
@@ -9,6 +9,7 @@ Without a directory it makes a small random model, so that it can be tried anywh
 import sys
 import tempfile
 
+import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from trl import DPOConfig
@@ -29,6 +30,7 @@ def make_model(directory: str) -> str:
         num_key_value_heads=2,
         head_dim=16,
     )
+    torch.manual_seed(0)  # the same one in every process
     Qwen3ForCausalLM(config).save_pretrained(directory)
     AutoTokenizer.from_pretrained(TOKENIZER_DIR).save_pretrained(directory)
     return directory
@@ -44,7 +46,6 @@ def main() -> None:
                 per_device_train_batch_size=2,
                 max_steps=10,
                 logging_steps=5,
-                precompute_ref_log_probs=True,
                 save_strategy="no",
                 report_to=[],
                 bf16=False,

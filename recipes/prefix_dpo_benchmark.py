@@ -2,18 +2,21 @@
 
     tune run prefix_dpo_benchmark --config benchmark/cpu
     tune run prefix_dpo_benchmark --config benchmark/cuda
+    tune run prefix_dpo_benchmark --config benchmark/transformers path=/tmp/Qwen3-0.6B
 
 ``measure`` chooses what:
 
 ``steps``
-    Full training steps of the same pairs in several formats, torchtune's own and TRL's among them. A step is what a
-    recipe does in one: build the micro-batches, forward, backward, clip, AdamW. All formats work on the same weights:
-    AdamW's learning rate is 0, so that every step of every format has to give the same loss. Before any is timed, the
-    log-probs of every response are compared, and with each step its loss; if they differ, the benchmark stops.
+    Full training steps of the same pairs in several formats, that of the model's library and TRL's among them. A step
+    is what a recipe does in one: build the micro-batches, forward, backward, clip, AdamW. All formats work on the same
+    weights: AdamW's learning rate is 0, so that every step of every format has to give the same loss. Before any is
+    timed, the log-probs of every response are compared, and with each step its loss; if they differ, the benchmark
+    stops.
 ``layers``
-    MLP, attention and attention layer on one pair, its prompt shared against its prompt repeated.
+    MLP, attention and attention layer of torchtune's on one pair, its prompt shared against its prompt repeated.
 ``scaling``
-    Masks, attention and steps for longer and longer Rows; planning and loading for larger and larger data sets.
+    Masks, attention and steps of torchtune's models for longer and longer Rows; planning and loading for larger and
+    larger data sets.
 
 Whatever is compared takes turns, so that drift of the machine hits all alike. Writes ``benchmark.json`` and a picture
 of each part to ``output_dir``.
@@ -38,15 +41,13 @@ from tqdm import tqdm
 
 from prefix_sharing.attention import choose_attention_backend
 from prefix_sharing.benchmark.bare import seconds_of_matrix_products
-from prefix_sharing.benchmark.formats import Format, Pairs, row_formats, torchtune_format, trl_format
+from prefix_sharing.benchmark.formats import Format, Pairs, paired_format, row_formats, trl_format
 from prefix_sharing.benchmark.layers import PARTS, first_layer, synchronize, time_layers
 from prefix_sharing.benchmark.scaling import time_examples, time_rows
 from prefix_sharing.benchmark.workloads import draw_lengths, make_pairs, pairs_in, read_pairs
 from prefix_sharing.config import at_least, instantiate, parse
 from prefix_sharing.errors import ConfigError, UserError
-from prefix_sharing.hosts import TreeModel, checkpoint_activations, compile_layers
-from prefix_sharing.hosts.torchtune import to_tree_model
-from prefix_sharing.hosts.torchtune.paired import PairedModel
+from prefix_sharing.hosts import TreeModel, checkpoint_activations, compile_layers, paired_model, to_tree_model
 from prefix_sharing.memory import memory_by_part, peak_memory
 from prefix_sharing.reports import benchmark_plots as plots
 from prefix_sharing.reports.benchmark_tables import as_table, describe_growth, describe_layers, summarize
@@ -59,6 +60,7 @@ log = logging.getLogger("prefix_sharing.recipe")
 
 
 MEASURES = ("steps", "layers", "scaling")
+LIBRARIES = ("torchtune", "transformers")
 
 
 @dataclass
@@ -67,14 +69,18 @@ class BenchmarkConfig:
 
     output_dir: str = MISSING
     """Directory for the results."""
+    path: str | None = None
+    """Directory of a model of transformers, for ``model`` to refer to as ``${path}``; its ``config.json`` is enough."""
     model: Any = MISSING
-    """Builds the model: one of torchtune's builders; its weights are random."""
+    """Builds the model: one of torchtune's builders, or ``prefix_sharing.hosts.transformers.causal_lm``; its weights
+    are random."""
     measure: list[str] = field(default_factory=lambda: list(MEASURES))
-    """What is measured: ``steps``, ``layers`` and ``scaling``."""
+    """What is measured: ``steps`` and, for models of torchtune, ``layers`` and ``scaling``."""
     workloads: list[str] = MISSING
     """Names in ``prefix_sharing.benchmark.workloads.DATASETS``, or ``PREFIX,CHOSEN,REJECTED``, or files of pairs."""
     formats: list[str] = field(default_factory=lambda: ["torchtune", "trl", "paired_packed", "prefix", "prefix_packed"])
-    """Formats of ``prefix_sharing.benchmark.formats``; the first is what the others are compared with."""
+    """Formats of ``prefix_sharing.benchmark.formats``; the first is what the others are compared with. ``torchtune``
+    and ``transformers`` are both that of the model's library."""
     tokens_per_step: int = at_least(1, default=8192)
     """Tokens of a step if no prompt is shared; decides how many pairs a step takes."""
     num_pairs: int | None = at_least(1, default=None)
@@ -135,9 +141,16 @@ class PrefixDPOBenchmark:
         # The same parameters, not equal ones.
         tree.load_state_dict(self.model.state_dict(keep_vars=True), assign=True)
         self.tree: TreeModel = to_tree_model(tree, self.backend)
+        self.paired = paired_model(self.model, cfg.beta)
         if cfg.compile:
-            for model in (self.model, self.tree):
+            models: list[Any] = [self.paired, self.tree]
+            for model in models:
                 compile_layers(model)
+        self.measure = list(cfg.measure)
+        if self.paired.name != "torchtune":
+            self.measure = [part for part in self.measure if part == "steps"]
+            if self.measure != cfg.measure:
+                log.warning("measure: layers and scaling are left out: they take apart layers of torchtune's models")
         self.formats = self.choose_formats()
         # Formats over one model share its optimizer, too.
         self.optimizers = {
@@ -145,27 +158,27 @@ class PrefixDPOBenchmark:
         }
 
     def new_model(self) -> Any:
-        """A model of torchtune's with random weights, the same each time."""
+        """A model with random weights, the same each time."""
         torch.manual_seed(self.cfg.seed)
         with self.device:
             return instantiate("model", self.cfg.model)
 
     def choose_formats(self) -> list[Format]:
         """The formats that the config names; TRL is left out, with a note, where it is not installed."""
-        cfg = self.cfg
-        paired = PairedModel(self.model, cfg.beta)
-        found = {"torchtune": torchtune_format(paired, self.device, batch_size=cfg.batch_size)}
+        cfg, own = self.cfg, self.paired.name
+        found = {own: paired_format(self.paired, self.device, batch_size=cfg.batch_size)}
         options = {"batch_size": cfg.batch_size, "beta": cfg.beta}
         found |= row_formats(self.model, self.tree, self.device, pack_len=cfg.pack_len, **options)
         for name in cfg.formats:
-            if name not in (*found, "trl"):
+            if name not in (*LIBRARIES, *found, "trl"):
                 raise ConfigError("formats", f"unknown format '{name}'; choose from {', '.join(found)}, trl")
         if "trl" in cfg.formats:
             try:
-                found["trl"] = trl_format(paired, self.device, **options)
+                found["trl"] = trl_format(self.paired, self.device, **options)
             except ImportError as error:
                 log.warning("formats: trl is left out (%s): pip install 'torchtune-prefix-sharing[bench]'", error)
-        return [found[name] for name in cfg.formats if name in found]
+        names = [own if name in LIBRARIES else name for name in cfg.formats]
+        return [found[name] for name in dict.fromkeys(names) if name in found]
 
     def step(self, form: Format, pairs: Pairs, reference: torch.Tensor) -> torch.Tensor:
         """A full training step; returns its loss, a scalar."""
@@ -307,19 +320,19 @@ class PrefixDPOBenchmark:
             "model": f"{millions:.1f} M parameters, {cfg.dtype}",
             "device": torch.cuda.get_device_name() if on_cuda else f"{torch.get_num_threads()} CPU threads",
             "platform": platform.platform(),
-            "versions": {name: version(name) for name in ("torch", "torchtune", "torchtune-prefix-sharing")},
+            "versions": {name: version(name) for name in ("torch", self.paired.name, "torchtune-prefix-sharing")},
             "config": OmegaConf.to_container(cfg),
         }
         title = f"{results['model']}, {results['device']}"
-        if "steps" in cfg.measure:
+        if "steps" in self.measure:
             results["workloads"] = self.time_steps()
             print(as_table(results["workloads"]))
             plots.plot_steps(results["workloads"], title, output_dir / "steps.png")
-        if "layers" in cfg.measure:
+        if "layers" in self.measure:
             results["layers"] = self.time_layers()
             print(describe_layers(results["layers"]))
             plots.plot_layers(results["layers"], title, output_dir / "layers.png")
-        if "scaling" in cfg.measure:
+        if "scaling" in self.measure:
             results["scaling"] = self.time_scaling()
             print(describe_growth(results["scaling"]))
             plots.plot_scaling(results["scaling"], title, output_dir / "scaling.png")

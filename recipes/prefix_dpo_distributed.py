@@ -79,13 +79,13 @@ class PrefixDPORecipeDistributed:
         """Builds model, data, loss, optimizer and schedule, and computes the reference log-probs."""
         cfg = self.cfg
         self.loss = build_loss(cfg)
+        self.resumed = find_resumed(cfg)
         self_check(cfg)
         self.model = self.new_model()
         tokenizer = instantiate("tokenizer", cfg.tokenizer)
         self.dataset, self.dataset_val = build_datasets(cfg, tokenizer, self.model, self.loss)
         self.step_loader = build_loader(cfg, self.model, self.loss, self.device)
         self.activations_handling = self.model.offload_activations(cfg.enable_activation_offloading)
-        self.resumed = find_resumed(cfg)
         self.seed = choose_seed(cfg.seed, self.resumed)
         self.plan = build_plan(cfg, self.dataset, self.model, self.loss, seed=self.seed, ranks=this_rank())
         self.plan_val = build_val_plan(cfg, self.dataset_val, self.model, ranks=this_rank())
@@ -101,15 +101,14 @@ class PrefixDPORecipeDistributed:
             "checkpointer", cfg.checkpointer, adapter=cfg.adapter_checkpoint
         )
         self.model.load_weights(checkpoint, self.seed)
-        forget_later_entries(cfg, self.resumed)
+        forget_later_entries(cfg, self.resumed, self.num_steps)
         if is_rank_zero():
             self.metric_logger = instantiate("metric_logger", cfg.metric_logger)
             log_config(self.metric_logger, cfg, self.seed)
         self.reference = self.reference_val = None
         if self.loss.needs.reference:
-            visited = self.plan.of_pass(
-                self.plan.examples_visited(self.global_step // self.plan.steps_per_epoch, cfg.epochs)
-            )
+            epochs_run = self.global_step // self.plan.steps_per_epoch
+            visited = self.plan.of_pass(self.plan.examples_visited(epochs_run, cfg.epochs))
             self.reference, self.reference_val = set_up_reference(
                 cfg,
                 checkpoint,
@@ -183,7 +182,7 @@ class PrefixDPORecipeDistributed:
         """
         cfg = self.cfg
         self.before = self.evaluate() if self.resumed is None else evaluation_of(self.resumed.values["before"])
-        after = self.before
+        after, evaluated_at = self.before, 0
         forward = functools.partial(self.forward, self.model)
         metrics = StepMetrics(self.device, self.loss.mean_over)
         self.finite = FiniteCheck(cfg, self.dataset, self.device)
@@ -246,7 +245,7 @@ class PrefixDPORecipeDistributed:
                     metrics = StepMetrics(self.device, self.loss.mean_over)
                 if cfg.run_val_every_n_steps is not None and self.global_step % cfg.run_val_every_n_steps == 0:
                     with metrics.paused():
-                        after = self.evaluate()
+                        after, evaluated_at = self.evaluate(), self.global_step
                 self.profiler.step()
                 exit_code = stop.exit_code()
                 if self.global_step % self.plan.steps_per_epoch != 0:  # else after the epoch's weights
@@ -263,7 +262,7 @@ class PrefixDPORecipeDistributed:
                 stop_run(self.training_checkpoints, self.global_step, exit_code)
         self.training_checkpoints.wait()
         self.profiler.stop()
-        if cfg.run_val_every_n_steps is None or self.global_step % cfg.run_val_every_n_steps != 0:
+        if evaluated_at != self.global_step:
             after = self.evaluate()
         draw_curves(cfg, self.metric_logger)
         report_margins(cfg, self.dataset_val, self.before, after)

@@ -138,7 +138,7 @@ class PrefixDPOMemory:
         if cfg.world_size > 1 and not cfg.fsdp_sync_every_row:
             found.append((peak.gradients, "fsdp_sync_every_row: True (gradients wait for the last Row unsharded)"))
         elif not model.has_adapter:
-            found.append((peak.gradients, "LoRA, with torchtune's lora_ builder of the model (gradients)"))
+            found.append((peak.gradients, "LoRA, with the lora_ builder of the model (gradients)"))
         if peak.optimizer_state >= BYTES_OF_ADAM * trained:
             found.append(
                 (peak.optimizer_state, "an 8-bit optimizer, such as torchao.optim.AdamW8bit (optimizer state)")

@@ -4,7 +4,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores
 
+import gc
 import itertools
 
 import hypothesis
@@ -17,7 +19,12 @@ from prefix_sharing.attention import flex, varlen
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("default")
-torch.set_num_threads(1)  # two workers share the cores
+torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    # What has been imported stays. torchtune and torch collect garbage in every run, which took a fifth of the time.
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):
@@ -30,11 +37,29 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def pictures():
+    """Lets a test draw its pictures."""
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request, monkeypatch):
+    # Drawing takes as long as a short run. Figures are laid out all the same.
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _datasets_cache_of_module(tmp_path_factory):
+    # of fixtures that several tests share
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("module") / "datasets_cache")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_datasets_cache(tmp_path, monkeypatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets_cache")
 
 
 def plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
@@ -42,6 +67,7 @@ def plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, 
     before, after = window_size
     assert after == 0
     assert enable_gqa
+    assert query.shape[2] == key.shape[2] == value.shape[2]
     outputs, sizes = [], []
     for (a, b), (c, d) in zip(
         itertools.pairwise(cu_seq_q.tolist()), itertools.pairwise(cu_seq_k.tolist()), strict=True

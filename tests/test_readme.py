@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pkgutil import resolve_name
 
 import pytest
@@ -13,7 +11,8 @@ from documents import README, ROOT, blocks, commands, runs, runs_of, table
 from prefix_sharing.config import find_config
 from prefix_sharing.datasets import prefix_preference_dataset
 from prefix_sharing.quickstart import tokenizer
-from runs import SHORT, as_overrides, eval_log, losses, tune_run
+from processes import run_forked
+from runs import SHORT, as_overrides, eval_log, losses, tune_run, tune_run_afresh
 
 SHORT_OVERRIDES = as_overrides(SHORT)
 
@@ -21,7 +20,7 @@ SHORT_OVERRIDES = as_overrides(SHORT)
 @pytest.mark.slow
 def test_the_quickstart_learns_what_it_promises(tmp_path):
     install_and_run = next(line for line in commands(README) if "pip install . &&" in line)
-    done = tune_run(*shlex.split(install_and_run.split("&& tune run")[1]), cwd=tmp_path, timeout=600)
+    done = tune_run_afresh(*shlex.split(install_and_run.split("&& tune run")[1]), cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     last_line = done.stderr.strip().splitlines()[-1]
     assert last_line.split("; held-out")[0] + "; held-out" in README
@@ -53,9 +52,10 @@ def test_the_other_quickstart_commands_run(tmp_path, run):
 def test_copying_a_recipe_as_told_works(tmp_path):
     copying = next(block for block in blocks(README, "bash") if "my_recipe.py" in block)
     *copies, run = copying.strip().splitlines()
-    path = f"{sys.exec_prefix}/bin:/usr/bin:/bin"
     for command in copies:
-        subprocess.run(["bash", "-c", command], cwd=tmp_path, env={"PATH": path}, check=True)
+        assert command.startswith("prefix-tune ")
+        done = run_forked("prefix_sharing.cli:main", shlex.split(command), tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
     done = tune_run(*shlex.split(run)[2:], *SHORT_OVERRIDES, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -12,6 +12,7 @@ name                          what for
 ``MemTracker``                what holds memory while it does, and ``FSDPMemTracker`` with FSDP2
 ``FakeStore``                 a process group of ranks that do not exist
 ``TorchDispatchMode``         sees every operator: the benchmark counts matrix products, and knows ``CPU_ATTENTION``
+                              and ``GROUPED_PRODUCT``; ``ShapesOfGroupedProducts``
 ``local_dtensor``             a sharded tensor around a local one that ``DTensor.from_local`` cannot take
 ============================= =========================================================================================
 """
@@ -36,10 +37,12 @@ __all__ = [
     "CHECKPOINT_PREFIX",
     "CPU_ATTENTION",
     "CPU_ATTENTION_BACKWARD",
+    "GROUPED_PRODUCT",
     "FSDPMemTracker",
     "FakeStore",
     "FakeTensorMode",
     "MemTracker",
+    "ShapesOfGroupedProducts",
     "TorchDispatchMode",
     "apply_activation_checkpointing",
     "attention_operators",
@@ -55,6 +58,9 @@ CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
+GROUPED_PRODUCT = torch.ops.aten._grouped_mm.default
+"""Of experts."""
+
 
 def attention_operators() -> list[Any]:
     """The operators of attention on any device."""
@@ -67,6 +73,21 @@ def attention_operators() -> list[Any]:
         torch._higher_order_ops.flex_attention,
         torch._higher_order_ops.inductor_compiled_code,  # FlexAttention, compiled
     ]
+
+
+class ShapesOfGroupedProducts(TorchDispatchMode):
+    """Has products of groups, those of experts, on tensors without values: torch itself does for bf16 only."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **kwargs)
+        a, b = args[:2]
+        shape = [a.shape[-2], b.shape[-1]]
+        if a.dim() == b.dim():
+            offsets = args[2] if len(args) > 2 else kwargs["offs"]
+            shape.insert(0, len(a) if a.dim() == 3 else len(offsets))
+        return a.new_empty(shape)
 
 
 def raise_recompile_limits(limit: int, accumulated: int) -> None:

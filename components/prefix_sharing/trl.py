@@ -15,7 +15,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from typing_extensions import override
 
@@ -31,7 +33,7 @@ try:
 
     from prefix_sharing.hosts.transformers import check_arithmetic
     from prefix_sharing.hosts.transformers.adapters import have_peft_overlook_torchao
-    from prefix_sharing.hosts.transformers.model import ATTENTION, RowMasks
+    from prefix_sharing.hosts.transformers.model import ATTENTION, RowMasks, compute_at, mlp_without_experts
 except ImportError as error:
     problem = (
         "PrefixSharingDPOTrainer needs TRL 1.16 and transformers 5.24: pip install 'torchtune-prefix-sharing[trl]'."
@@ -47,6 +49,9 @@ have_peft_overlook_torchao()
 
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 """What TRL's head returns for every scored token."""
+
+_UNSCORED = -100
+"""The label of a token whose log-prob TRL does not ask for."""
 
 
 class PrefixSharingDPOTrainer(DPOTrainer):
@@ -76,14 +81,15 @@ class PrefixSharingDPOTrainer(DPOTrainer):
         for wrapped in filter(None, (self.model, self.ref_model)):
             model = self.accelerator.unwrap_model(wrapped)
             _share_prefixes_of(_without_adapter(model), mask_builder(backend))
-        self.data_collator = _RowCollator(self.data_collator, RowOptions(round_length=rounding_of(backend)))
+        options = RowOptions(round_length=rounding_of(backend))
+        self.data_collator = _RowCollator(self.data_collator, options, to_the_end=self.aux_loss_enabled)
 
     def _refuse_unsupported(self) -> None:
         parallelism = self.args.parallelism_config
         adapter = getattr(self.model, "active_peft_config", None)
         batches: Any = self.args.accelerator_config
         refused = {
-            "data with images": self._is_vision_dataset or self._is_vlm,
+            "images (a processor in place of a tokenizer)": self._is_vlm,
             "use_liger_kernel": self.args.use_liger_kernel,
             "torch_compile": self.args.torch_compile,
             "dispatch_batches": batches.dispatch_batches,
@@ -91,7 +97,7 @@ class PrefixSharingDPOTrainer(DPOTrainer):
             "context or sequence parallelism": parallelism is not None
             and (parallelism.cp_size > 1 or parallelism.sp_size > 1),
             "a model spread over devices (device_map)": len(set(getattr(self.model, "hf_device_map", {}).values())) > 1,
-            "the auxiliary loss of experts (set router_aux_loss_coef=0)": self.aux_loss_enabled,
+            "neftune_noise_alpha": self.args.neftune_noise_alpha,
         }
         for what, is_used in refused.items():
             if is_used:
@@ -100,11 +106,19 @@ class PrefixSharingDPOTrainer(DPOTrainer):
 
 
 class _RowCollator:
-    """TRL's collator, or the user's, and the Row of the pairs that it has padded."""
+    """TRL's collator, or the user's, and the Row of the pairs that it has padded.
 
-    def __init__(self, collator: Callable[[Any], dict[str, Any]], options: RowOptions) -> None:
+    Args:
+        collator (Callable[[Any], dict[str, Any]]): the collator.
+        options (RowOptions): of the Row.
+        to_the_end (bool): whether the Row has the last token of each response, too, which predicts nothing: the
+            auxiliary loss of experts looks at it.
+    """
+
+    def __init__(self, collator: Callable[[Any], dict[str, Any]], options: RowOptions, *, to_the_end: bool) -> None:
         self._collator = collator
         self._options = options
+        self._to_the_end = to_the_end
 
     def __call__(self, examples: Any) -> dict[str, Any]:
         batch = self._collator(examples)
@@ -113,6 +127,8 @@ class _RowCollator:
             raise UserError("The data collator must pad sequences on the right, as TRL's does.")
         columns = batch["input_ids"].numpy(), batch["completion_mask"].bool().numpy(), is_token
         responses = [Response(ids[kept], scored[kept]) for ids, scored, kept in zip(*columns, strict=True)]
+        if self._to_the_end:  # where it predicts a token without a label
+            responses = [Response(np.append(r.tokens, _UNSCORED), np.append(r.scored, True)) for r in responses]
         num_pairs = len(responses) // 2
         pairs: Sequence[Sequence[Response]] = list(zip(responses[:num_pairs], responses[num_pairs:], strict=True))
         return {**batch, "row": Row.from_examples(pairs, options=self._options)}
@@ -135,6 +151,7 @@ def _share_prefixes_of(model: PreTrainedModel, mask_of: Callable[..., TreeMask])
             # The decoder, which makes masks, and whatever calls attention: checkpointing runs it again in the backward.
             if hasattr(module, "config"):
                 module.forward = _with_tree_attention(module)
+        _compute_mlp_at_predictors(model.get_decoder().layers[-1])
         decoder.forward = _only_predictors(decoder.forward)
     model.forward = _taking_rows(model, mask_of)
 
@@ -156,6 +173,28 @@ def _with_tree_attention(module: nn.Module) -> Callable[..., Any]:
             config._attn_implementation = its_own
 
     return forward
+
+
+def _compute_mlp_at_predictors(last_layer: nn.Module) -> None:
+    """Has the last layer's MLP leave out tokens whose hidden state nothing reads."""
+    mlp = mlp_without_experts(last_layer)
+    if mlp is None:
+        return
+    plain_layer, plain_mlp = last_layer.forward, mlp.forward
+    index: torch.Tensor | None = None
+
+    @functools.wraps(plain_layer)
+    def layer_forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal index  # set here, for checkpointing runs the layer again, perhaps after another Row
+        masks = kwargs.get("row_masks")
+        index = None if masks is None else masks.row.predictor_index
+        return plain_layer(*args, **kwargs)
+
+    @functools.wraps(plain_mlp)
+    def mlp_forward(x: torch.Tensor) -> torch.Tensor:
+        return plain_mlp(x) if index is None else compute_at(index, plain_mlp, x)
+
+    last_layer.forward, mlp.forward = layer_forward, mlp_forward
 
 
 def _only_predictors(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,14 +220,19 @@ def _taking_rows(model: PreTrainedModel, mask_of: Callable[..., TreeMask]) -> Ca
             return plain(*args, fused_lm_head=fused_lm_head, **kwargs)
         labels = kwargs["labels"]
         row = row.to(labels.device)
+        of_experts: dict[str, Any] = {}
+        if kwargs.get("output_router_logits"):
+            # Their auxiliary loss weighs tokens with the mask, which nothing else reads: with how often TRL has them.
+            of_experts = {"output_router_logits": True, "attention_mask": _num_responses_with(row)[None]}
         output = plain(
             input_ids=row.tokens,
             position_ids=row.input_pos,
             row_masks=RowMasks(row, mask_of),
             shift_labels=row.scored_target[None],
             fused_lm_head=True,
+            **of_experts,
         )
-        return _spread(output, row, labels[:, 1:].shape)
+        return _spread(output, row, labels.shape)
 
     return forward
 
@@ -197,12 +241,23 @@ def _predictor_of_scored(row: Row) -> torch.Tensor:
     return row.predictor_index[row.scored_predictor]
 
 
+def _num_responses_with(row: Row) -> torch.Tensor:
+    """For each token of a Row how many responses have it, told by where in its subtree responses end, shape ``[s]``."""
+    ends = _predictor_of_scored(row)[row.scored_target == _UNSCORED]
+    num_ends_before = F.pad(torch.bincount(ends, minlength=len(row.subtree_end)).cumsum(0), (1, 0))
+    return num_ends_before[row.subtree_end] - num_ends_before[:-1]
+
+
 def _spread(output: Any, row: Row, shape: torch.Size) -> Any:
-    """Values of the Row's scored tokens as those of the padded batch, all chosen responses before all rejected ones."""
+    """Values of the Row's scored tokens as those of the padded batch, all chosen responses before all rejected ones.
+
+    As in TRL, none is for the last token of the padded batch: it predicts nothing.
+    """
     pair, is_rejected = row.scored_response // 2, row.scored_response % 2
     place = (is_rejected * (shape[0] // 2) + pair) * shape[1] + row.input_pos[0, _predictor_of_scored(row)]
     for name in _PER_TOKEN:
         values = getattr(output, name)
         if values is not None:
-            setattr(output, name, values.new_zeros(shape.numel()).index_put((place,), values[0]).view(shape))
+            spread = values.new_zeros(shape.numel()).index_put((place,), values[0]).view(shape)[:, :-1]
+            setattr(output, name, spread)
     return output

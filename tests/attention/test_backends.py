@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from plain import response, rows_of_examples
 from prefix_sharing.attention import (
@@ -33,10 +34,10 @@ def dense_attention(row, q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible_in(row), enable_gqa=True)
 
 
-def random_qkv(length, dtype):
+def random_qkv(length, dtype, value_dim=HEAD_DIM):
     return [
-        torch.randn(1, heads, length, HEAD_DIM, dtype=dtype, requires_grad=True)
-        for heads in (HEADS, KV_HEADS, KV_HEADS)
+        torch.randn(1, heads, length, size, dtype=dtype, requires_grad=True)
+        for heads, size in ((HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM), (KV_HEADS, value_dim))
     ]
 
 
@@ -66,6 +67,46 @@ def test_outputs_and_gradients_are_those_of_dense_attention(on_cpu, mask_class, 
         assert_same(mask_class(row).attend(*inputs)[:, :, real], expected, inputs, tolerance)
 
     check()
+
+
+@MASKS
+def test_values_may_be_smaller_than_keys(on_cpu, mask_class):
+    prompt = list(range(9))
+    row = Row.from_examples([[response([*prompt, *a], [0] * 9 + [1] * 4) for a in ([10] * 4, [11] * 4)]])
+    inputs = random_qkv(row.num_tokens, torch.float64, 5)
+    assert_same(mask_class(row).attend(*inputs), dense_attention(row, *inputs), inputs, 1e-12)
+
+
+class Sizes(TorchDispatchMode):
+    """Numbers of elements of everything that operators give."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        self.seen |= {x.numel() for x in torch.utils._pytree.tree_leaves(output) if torch.is_tensor(x)}
+        return output
+
+
+@pytest.mark.parametrize(("value_dim", "softcap"), [(HEAD_DIM, None), (HEAD_DIM, 1.5), (5, None)])
+def test_chains_neither_expand_keys_nor_make_scores_that_no_cap_needs(value_dim, softcap):
+    prompt = list(range(9))
+    row = Row.from_examples(
+        [[response([*prompt, *a], [0] * 9 + [1] * len(a)) for a in ([10] * 5, [11] * 7)]],
+        options=RowOptions(round_length=lambda n: n + 2),
+    )
+    (first, second), num_keys = (chain.span for chain in row.chains), 15
+    assert (first, second) == ((0, 13), (13, 19))  # the last token of each answer is a target only
+    inputs = random_qkv(21, torch.float32, value_dim)
+    with Sizes() as sizes:
+        output = ChainsMask(row).attend(*inputs, softcap=softcap)
+        output.sum().backward()
+    assert KV_HEADS * num_keys * HEAD_DIM in sizes.seen
+    assert HEADS * num_keys * HEAD_DIM not in sizes.seen
+    assert HEADS * num_keys * value_dim not in sizes.seen
+    assert (HEADS * 6 * num_keys in sizes.seen) == (softcap is not None)
 
 
 @pytest.mark.parametrize("length", [384, 300])

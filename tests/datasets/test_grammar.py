@@ -281,6 +281,13 @@ def their_tokens(theirs, conversation):
     return theirs.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"]
 
 
+@pytest.fixture
+def theirs():
+    """The same tokenizer, by transformers."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.PreTrainedTokenizerFast.from_pretrained(TOKENIZER_DIR)
+
+
 REASONS = {
     "empty response",
     "identical responses",
@@ -297,9 +304,7 @@ def test_the_grammar_is_of_every_form_that_reads_a_record_by_itself():
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=data_sets())
-def test_what_a_record_holds_is_used_dropped_or_refused(tmp_path, data):
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(TOKENIZER_DIR)
+def test_what_a_record_holds_is_used_dropped_or_refused(tmp_path, theirs, data):
     name, lines = data
     file = tmp_path / "records.jsonl"
     records = [line[0] if isinstance(line, tuple) else line for line in lines]

@@ -1,10 +1,12 @@
-"""Activation checkpointing: what is computed again, and what is not."""
+"""Activation checkpointing and compilation: what is computed or compiled again, and what is not."""
+
+import functools
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from plain import FAMILIES, response
-from prefix_sharing.hosts import checkpoint_activations, to_tree_model
+from prefix_sharing.hosts import checkpoint_activations, compile_layers, to_tree_model
 from prefix_sharing.trees import Row
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -43,3 +45,17 @@ def test_selective_checkpointing_computes_no_attention_again_and_nothing_of_the_
         assert layers_again * 6 <= products_again - products <= layers_again * 7
         for gradient, e in zip(gradients, expected, strict=True):
             torch.testing.assert_close(gradient, e)
+
+
+def test_layers_are_not_compiled_anew_for_every_row(monkeypatch):
+    # As dynamo sees them; code is not generated.
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, graphs = to_tree_model(FAMILIES["llama3"](), "chains"), []
+    compile_layers(model)
+    for answers in ([4], [4, 5], [4, 5, 6], [4, 5, 6, 7, 8]):
+        model(Row.from_examples([[response([1, 2, answer, 3, 9], [0, 0, 1, 1, 1]) for answer in answers]]))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    # Once for the first length, once more for any.
+    assert 0 < graphs[0] < graphs[1] == graphs[-1]

@@ -1,17 +1,16 @@
 """What prefix_dpo_memory estimates against what a training step really takes of a process's memory."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from directories import DIMS
 from prefix_sharing.config import DistributedConfig
 from prefix_sharing.memory.estimate import MOST_TOKENS, full_row, longest_row, peak_memory_estimate
-from runs import make_config
+from runs import make_config, torchrun
 
 EXAMPLE = [256, 128, 128]
 NUM_TOKENS = 1024
@@ -25,46 +24,73 @@ MODEL = {
     "intermediate_dim": 1024,
     "max_seq_len": 2048,
 }
+SMALL = {"num_layers": 2, "embed_dim": 64, "intermediate_dim": 64, "vocab_size": 128}
+DIRECTORY = {
+    "vocab_size": 16000,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 48,
+    "max_position_embeddings": 2048,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
 
 
-def real_peak(cfg, directory, num_processes):
-    file = directory / "config.yaml"
-    OmegaConf.save(cfg, file)
-    arguments = [
-        str(Path(__file__).parents[1] / "support" / "real_step.py"),
-        str(file),
-        str(NUM_TOKENS),
-        ",".join(map(str, EXAMPLE)),
-    ]
-    launcher = [sys.executable]
-    if num_processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
+def of_torchtune(tmp_path):
+    """The model of a config, and a small one of its kind."""
+    return MODEL, MODEL | SMALL
+
+
+def of_transformers(name, **kwargs):
+    """The same by directories of transformers, without weights."""
+
+    def build(tmp_path):
+        transformers = pytest.importorskip("transformers", minversion="5.24")
+        models = []
+        for size, dims in (("whole", DIRECTORY), ("small", DIMS)):
+            transformers.AutoConfig.for_model(name, **dims | kwargs).save_pretrained(tmp_path / size)
+            path = str(tmp_path / size)
+            models.append({"_component_": "prefix_sharing.hosts.transformers.causal_lm", "path": path})
+        return models
+
+    return build
+
+
+def real_peak(configs, directory, num_processes):
+    files = []
+    for cfg, name in zip(configs, ("whole", "small"), strict=True):
+        files.insert(0, str(directory / f"{name}.yaml"))
+        OmegaConf.save(cfg, files[0])
+    printed = torchrun(
+        num_processes,
+        Path(__file__).parents[1] / "support" / "real_step.py",
+        *(*files, str(NUM_TOKENS), ",".join(map(str, EXAMPLE))),
         # Tensors go back to the system when they are freed, instead of into the allocator's own store.
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-    }
-    run = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=200)
-    assert run.returncode == 0, run.stderr
-    return int(re.search(r"peak (\d+)", run.stdout)[1])
+        MALLOC_MMAP_THRESHOLD_="65536",
+        MALLOC_TRIM_THRESHOLD_="65536",
+    )
+    return int(re.search(r"peak (\d+)", printed)[1])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory from /proc")
 @pytest.mark.parametrize(
-    ("num_processes", "keys"),
+    ("num_processes", "models", "keys"),
     [
-        (1, {"enable_activation_checkpointing": True}),
-        (2, {}),
+        (1, of_torchtune, {"enable_activation_checkpointing": True}),
+        (2, of_torchtune, {}),
+        (1, of_transformers("qwen3"), {"enable_activation_checkpointing": True}),
+        (2, of_transformers("qwen3_moe", **EXPERTS), {}),
     ],
+    ids=["one", "two", "one_of_transformers", "two_with_experts"],
 )
-def test_predicted_peak_is_within_a_tenth_of_the_real_one(tmp_path, num_processes, keys):
-    cfg = make_config(tmp_path, config_class=DistributedConfig, model=MODEL, **keys)
-    with peak_memory_estimate(cfg, num_processes) as peak_of:
+def test_predicted_peak_is_within_a_tenth_of_the_real_one(tmp_path, num_processes, models, keys):
+    configs = [make_config(tmp_path, config_class=DistributedConfig, model=model, **keys) for model in models(tmp_path)]
+    with peak_memory_estimate(configs[0], num_processes) as peak_of:
         predicted = peak_of(full_row(NUM_TOKENS, EXAMPLE))
-    real = real_peak(cfg, tmp_path, num_processes)
+    real = real_peak(configs, tmp_path, num_processes)
     print(f"{num_processes} processes, {keys}: predicted {predicted.total:,}, real {real:,}")
     assert predicted.total == pytest.approx(real, rel=0.1)
 

@@ -51,7 +51,7 @@ def benchmark(directory, config="benchmark/cpu", **overrides):
 
 
 @pytest.mark.parametrize("config", ["benchmark/cpu", "benchmark/cuda"])
-def test_everything_is_measured(tmp_path, config, capsys):
+def test_everything_is_measured(tmp_path, config, capsys, pictures):
     benchmark(tmp_path, config).run()
     results = json.loads((tmp_path / "benchmark.json").read_text())
     assert [workload["name"] for workload in results["workloads"]] == ["hh", "20,5,6"]
@@ -81,7 +81,7 @@ def test_everything_is_measured(tmp_path, config, capsys):
     assert printed.count("power") == 2
 
 
-def test_what_is_not_asked_for_is_not_measured(tmp_path):
+def test_what_is_not_asked_for_is_not_measured(tmp_path, pictures):
     benchmark(tmp_path, measure=["scaling"]).run()
     assert "workloads" not in json.loads((tmp_path / "benchmark.json").read_text())
     assert [file.name for file in tmp_path.glob("*.png")] == ["scaling.png"]
@@ -141,6 +141,17 @@ def test_matrix_products_are_counted_and_those_of_attention_apart():
     assert shapes == {((4, 8), (8, 16)): 1, ((8, 4), (4, 16)): 1}  # forward, and the gradient of b
     # two heads, six queries that see three keys on average, two products forward and five backward
     assert record.attention_flops == (2 + 5) * 2 * 2 * 6 * 8 * 3
+
+
+def test_products_with_a_bias_and_those_of_experts_are_counted():
+    tokens, experts = torch.randn(6, 8), torch.randn(3, 8, 16, requires_grad=True)
+    bias, weight = torch.randn(4), torch.randn(4, 8)
+    with RecordProducts() as record:
+        F.linear(tokens, weight, bias)
+        F.grouped_mm(tokens, experts, offs=torch.tensor([1, 1, 6], dtype=torch.int32)).square().sum().backward()
+    shapes = {tuple(shape for shape, _ in operands): count for operands, count in record.operands.items()}
+    # each token with one expert's matrix, and the gradient of the matrices
+    assert shapes == {((6, 8), (8, 4)): 1, ((6, 8), (8, 16)): 1, ((8, 6), (6, 16)): 1}
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path):

@@ -3,6 +3,7 @@
 import pyarrow.parquet as pq
 import pytest
 
+from processes import run_on_ranks
 from runs import SHORT, eval_log, load_plain_model, losses, run_distributed, run_in_process, tune_run, went_only_to
 
 KEYS = SHORT | {"dataset.num_pairs": 160, "max_steps_per_epoch": 12, "batch_size": 2}
@@ -67,15 +68,8 @@ def test_resuming_on_another_number_of_processes(tmp_path):
 
 @pytest.mark.slow
 def test_a_mistake_is_said_once_whatever_the_number_of_processes(tmp_path):
-    done = tune_run(
-        "--nproc_per_node",
-        "2",
-        "prefix_dpo_distributed",
-        "--config",
-        "quickstart/distributed",
-        "data_parallel_replicate_dim=3",
-        cwd=tmp_path,
-    )
+    arguments = ["recipe", "--config", "quickstart/distributed", "data_parallel_replicate_dim=3"]
+    done = run_on_ranks("prefix_dpo_distributed:recipe_main", arguments, tmp_path, 2)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("Error:")]
     assert said == [

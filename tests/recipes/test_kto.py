@@ -21,10 +21,10 @@ LOSS = {"_component_": "prefix_sharing.losses.KTOLoss", "beta": 0.5, "desirable_
 STEP = 8
 
 
-@pytest.fixture
-def answers(tmp_path):
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
     """Single answers with labels: those of each prompt apart, and a few prompts with one answer only."""
-    file = tmp_path / "answers.jsonl"
+    file = tmp_path_factory.mktemp("answers") / "answers.jsonl"
     pairs = list(generate_pairs(24, seed=3))
     with file.open("w") as lines:
         for which, label in (("chosen", True), ("rejected", False)):
@@ -71,15 +71,22 @@ def plain_losses(recipe, initial_weights):
     return found, kls
 
 
-def test_kto_follows_the_plain_computation(tmp_path, answers):
-    recipe = run_in_process(tmp_path / "run", **keys_for(answers))
-    expected, kls = plain_losses(recipe, tmp_path / "run" / "initial_model" / "model.safetensors")
-    found = losses(tmp_path / "run")
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory, answers):
+    """A packed run and where it wrote."""
+    output_dir = tmp_path_factory.mktemp("packed")
+    return run_in_process(output_dir, **keys_for(answers)), output_dir
+
+
+def test_kto_follows_the_plain_computation(packed):
+    recipe, output_dir = packed
+    expected, kls = plain_losses(recipe, output_dir / "initial_model" / "model.safetensors")
+    found = losses(output_dir)
     assert found[:5] == pytest.approx(expected[:5], rel=1e-5)
     assert found == pytest.approx(expected, rel=1e-4)  # AdamW makes rounding errors of small gradients large
-    assert [metrics["kl"] for metrics in training_log(tmp_path / "run")] == pytest.approx(kls, rel=1e-3, abs=1e-4)
+    assert [metrics["kl"] for metrics in training_log(output_dir)] == pytest.approx(kls, rel=1e-3, abs=1e-4)
     assert max(kls) > 0.1
-    last = eval_log(tmp_path / "run")[-1]
+    last = eval_log(output_dir)[-1]
     assert last["eval/rewards/margins"] > 0.1
     assert last["eval/kl"] >= 0
     assert "eval/rewards/accuracies" not in last
@@ -87,20 +94,17 @@ def test_kto_follows_the_plain_computation(tmp_path, answers):
 
 @pytest.mark.parametrize(
     "keys",
-    [UNPACKED, {"pack_len": 512}, {"share_prefix": False}, {"reference.precompute": False}, {"num_workers": 0}],
+    [UNPACKED, {"pack_len": 512}, {"share_prefix": False}, {"reference.precompute": False}, {"num_workers": 1}],
     ids=str,
 )
-def test_packing_changes_nothing(tmp_path, answers, keys):
-    run_in_process(tmp_path / "packed", **keys_for(answers))
-    run_in_process(tmp_path / "other", **keys_for(answers, **keys))
-    packed, other = training_log(tmp_path / "packed"), training_log(tmp_path / "other")
-    assert len(packed) == 10
+def test_packing_changes_nothing(tmp_path, answers, packed, keys):
+    run_in_process(tmp_path, **keys_for(answers, **keys))
+    expected, found = training_log(packed[1]), training_log(tmp_path)
+    assert len(expected) == 10
     for key in ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "log_probs/chosen"):
-        values = [metrics[key] for metrics in other]
-        assert values == pytest.approx([m[key] for m in packed], rel=1e-5 if key == "loss" else 1e-3, abs=1e-4), key
-    assert eval_log(tmp_path / "other")[-1]["eval/loss"] == pytest.approx(
-        eval_log(tmp_path / "packed")[-1]["eval/loss"], rel=1e-4
-    )
+        values = [metrics[key] for metrics in found]
+        assert values == pytest.approx([m[key] for m in expected], rel=1e-5 if key == "loss" else 1e-3, abs=1e-4), key
+    assert eval_log(tmp_path)[-1]["eval/loss"] == pytest.approx(eval_log(packed[1])[-1]["eval/loss"], rel=1e-4)
 
 
 def test_prompts_are_shared_with_answers_to_other_prompts(tmp_path, answers):
@@ -129,14 +133,13 @@ def test_pairs_are_taken_apart(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_follow_one(tmp_path, answers):
+def test_two_processes_follow_one(tmp_path, answers, packed):
     # One Row for each process, and several.
     for name, keys in (("one", {}), ("several", {"pack_len": 512})):
-        run_in_process(tmp_path / f"alone_{name}", **keys_for(answers, **keys))
         cfg = OmegaConf.load(find_config("quickstart/distributed"))
         for key, value in (SHORT | keys_for(answers, **keys)).items():
             OmegaConf.update(cfg, key, value, merge=False)
         OmegaConf.save(cfg, tmp_path / f"{name}.yaml")
         together = run_distributed(tmp_path / f"together_{name}", 2, config=str(tmp_path / f"{name}.yaml"))
         assert len(losses(together)) == 10
-        assert losses(together) == pytest.approx(losses(tmp_path / f"alone_{name}"), rel=1e-5)
+        assert losses(together) == pytest.approx(losses(packed[1]), rel=1e-5)

@@ -39,11 +39,24 @@ def is_adapter(name):
     return "lora" in name or "magnitude" in name
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with LoRA and where it wrote."""
+    output_dir = tmp_path_factory.mktemp("lora")
+    return run_in_process(output_dir, **lora()), output_dir
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """The base model, by a run that changes nothing."""
+    keys = {"max_steps_per_epoch": 1, "optimizer.lr": 0.0, "lr_scheduler": None, "dataset_val": None}
+    return run_in_process(tmp_path_factory.mktemp("base"), **keys).model
+
+
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_only_the_adapter_is_trained_and_saved(tmp_path, use_dora):
-    recipe = run_in_process(tmp_path, **lora(use_dora=use_dora))
-    initial = run_in_process(tmp_path / "untrained", max_steps_per_epoch=1, **lora() | {"optimizer.lr": 0.0})
-    before, after = initial.model.state_dict(), recipe.model.state_dict()
+def test_only_the_adapter_is_trained_and_saved(tmp_path, trained, untrained, use_dora):
+    recipe, output_dir = (run_in_process(tmp_path, **lora(use_dora=True)), tmp_path) if use_dora else trained
+    before, after = untrained.state_dict(), recipe.model.state_dict()
     assert {name for name in after if is_adapter(name)} == {
         n for n, p in recipe.model.named_parameters() if p.requires_grad
     }
@@ -52,10 +65,10 @@ def test_only_the_adapter_is_trained_and_saved(tmp_path, use_dora):
             assert (tensor == before[name]).all(), name
         elif "lora_b" in name:
             assert (tensor != 0).any(), name
-    assert training_log(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert eval_log(tmp_path)[-1]["eval/loss"] != pytest.approx(math.log(2), abs=1e-3)
+    assert training_log(output_dir)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert eval_log(output_dir)[-1]["eval/loss"] != pytest.approx(math.log(2), abs=1e-3)
 
-    epoch = tmp_path / "epoch_0"
+    epoch = output_dir / "epoch_0"
     assert not list(epoch.glob("model-*"))
     saved = torch.load(epoch / "adapter_model.pt")
     assert all((after[name] == tensor).all() for name, tensor in saved.items())
@@ -76,28 +89,26 @@ def test_the_merged_model_computes_what_base_and_adapter_do(tmp_path):
     torch.testing.assert_close(merged.model(row).log_probs, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_with_its_adapter_disabled_the_policy_is_the_base_model(tmp_path):
-    trained = run_in_process(tmp_path / "lora", **lora())
-    base = run_in_process(tmp_path / "base", max_steps_per_epoch=1, **{"optimizer.lr": 0.0, "lr_scheduler": None})
-    row = Row.from_examples([trained.dataset_val[i] for i in range(4)])
-    expected = base.model(row).log_probs
-    assert (trained.model(row).log_probs != expected).all()
-    with disable_adapter(trained.model):
-        assert (trained.model(row).log_probs == expected).all()
+def test_with_its_adapter_disabled_the_policy_is_the_base_model(trained, untrained):
+    recipe, _ = trained
+    row = Row.from_examples([recipe.dataset_val[i] for i in range(4)])
+    expected = untrained(row).log_probs
+    assert (recipe.model(row).log_probs != expected).all()
+    with disable_adapter(recipe.model):
+        assert (recipe.model(row).log_probs == expected).all()
 
 
-def test_a_reference_kept_and_one_computed_along_the_way_agree(tmp_path):
-    run_in_process(tmp_path / "kept", **lora())
-    online = run_in_process(tmp_path / "online", **lora() | {"reference.precompute": False})
-    assert losses(tmp_path / "online") == pytest.approx(losses(tmp_path / "kept"), rel=1e-6)
+def test_a_reference_kept_and_one_computed_along_the_way_agree(tmp_path, trained):
+    online = run_in_process(tmp_path, **lora() | {"reference.precompute": False})
+    assert losses(tmp_path) == pytest.approx(losses(trained[1]), rel=1e-6)
     # By the model that is trained: there is no other.
     assert online.reference.forward.args[1] is online.model
 
 
-def test_a_run_that_begins_with_a_trained_adapter_has_that_as_its_reference(tmp_path):
+def test_a_run_that_begins_with_a_trained_adapter_has_that_as_its_reference(tmp_path, trained):
     # LLaMA-Factory 8459
-    first = run_in_process(tmp_path / "first", **lora())
-    keys = lora() | {"adapter_checkpoint": str(tmp_path / "first" / "epoch_0" / "adapter_model.pt")}
+    first, output_dir = trained
+    keys = lora() | {"adapter_checkpoint": str(output_dir / "epoch_0" / "adapter_model.pt")}
     for directory, precompute in (("kept", True), ("online", False)):
         recipe = run_in_process(
             tmp_path / directory, **keys | {"reference.precompute": precompute, "optimizer.lr": 0.0}
@@ -129,7 +140,7 @@ def test_dropout_is_the_same_with_a_warm_reference_cache_other_workers_and_no_ev
     expected = losses(tmp_path / "cold")
     for name, others in (
         ("warm", {"reference.cache_dir": str(tmp_path / "cache")}),
-        ("no_cache", {"reference.cache_dir": None, "num_workers": 0}),
+        ("no_cache", {"reference.cache_dir": None, "num_workers": 1}),
         ("no_evaluation", {"dataset_val": None}),
     ):
         run_in_process(tmp_path / name, **keys, **others)

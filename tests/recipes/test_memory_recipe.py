@@ -120,7 +120,7 @@ def test_sizes_are_never_zero_gigabytes():
 
 
 def test_the_old_name_still_works_and_says_so(tmp_path):
-    done = tune_run("prefix_dpo_plan", "--config", "quickstart/single_device", cwd=tmp_path)
+    done = tune_run("prefix_dpo_plan", "--config", "quickstart/single_device", "model.num_layers=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "prefix_dpo_plan is now prefix_dpo_memory" in done.stderr
     assert "The longest Row" in done.stdout

@@ -15,10 +15,10 @@ from runs import eval_log, losses, run_distributed, run_in_process, training_log
 BUILDER = "prefix_sharing.datasets.prefix_preference_dataset"
 
 
-@pytest.fixture
-def pairs_file(tmp_path):
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
     """Pairs whose prompts, and so lengths, differ by a lot; 45 of them, so that the last step of an epoch has 5."""
-    file = tmp_path / "pairs.jsonl"
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     with file.open("w") as lines:
         for i, pair in enumerate(generate_pairs(45, seed=2)):
             pair["prompt"] = " ".join([pair["prompt"]] * (1 + i % 4))
@@ -37,10 +37,12 @@ def keys_for(file, **kwargs):
 UNPACKED = {"packing": "none", "batch_size": 1, "pack_len": None}
 
 
-@pytest.fixture
-def unpacked(tmp_path, pairs_file):
-    run_in_process(tmp_path / "unpacked", **keys_for(pairs_file, **UNPACKED))
-    return losses(tmp_path / "unpacked")
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory, pairs_file):
+    """Where the unpacked run wrote."""
+    output_dir = tmp_path_factory.mktemp("unpacked")
+    run_in_process(output_dir, **keys_for(pairs_file, **UNPACKED))
+    return output_dir
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def unpacked(tmp_path, pairs_file):
         {"pack_len": "auto"},
         {"pack_len": 2048, "share_prefix": False},
         {"pack_len": 2048, "reference.precompute": False},
-        {"pack_len": 2048, "reference.cache_dir": None, "num_workers": 0},
+        {"pack_len": 2048, "reference.cache_dir": None, "num_workers": 1},
     ],
     ids=str,
 )
@@ -59,10 +61,10 @@ def test_packed_runs_follow_the_unpacked_one(tmp_path, pairs_file, unpacked, key
     run_in_process(tmp_path / "packed", **keys_for(pairs_file, **keys))
     packed = losses(tmp_path / "packed")
     assert len(packed) == 6
-    assert packed == pytest.approx(unpacked, rel=1e-5)
+    assert packed == pytest.approx(losses(unpacked), rel=1e-5)
     assert packed[0] == pytest.approx(math.log(2), abs=1e-6)
     assert abs(packed[-1] - math.log(2)) > 0.01
-    for key, value in eval_log(tmp_path / "unpacked")[-1].items():
+    for key, value in eval_log(unpacked)[-1].items():
         if "per_second" not in key and "tokens_saved" not in key:
             assert eval_log(tmp_path / "packed")[-1][key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
 
@@ -142,7 +144,7 @@ def test_processes_share_rows_and_cache(tmp_path, pairs_file, unpacked):
     OmegaConf.save(cfg, tmp_path / "packed.yaml")
     config = str(tmp_path / "packed.yaml")
     two = run_distributed(tmp_path / "two", 2, config=config, **keys)
-    assert losses(two) == pytest.approx(unpacked, rel=1e-5)
+    assert losses(two) == pytest.approx(losses(unpacked), rel=1e-5)
     assert losses(two)[0] == pytest.approx(math.log(2), abs=1e-6)
     # Steps of 3 on four processes, the last of the 45 examples: some processes have nothing to do. A frozen reference.
     few = {"global_batch_size": 3, "max_steps_per_epoch": 2, "reference.precompute": False}

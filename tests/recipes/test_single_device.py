@@ -31,13 +31,8 @@ from runs import (
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    import datasets
-
     output_dir = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", output_dir / "datasets_cache")
-        recipe = run_in_process(output_dir, log_peak_memory_stats=True)
-    return recipe, output_dir
+    return run_in_process(output_dir, log_peak_memory_stats=True), output_dir
 
 
 def test_margins_of_held_out_pairs_are_those_of_the_evaluation(run):

@@ -31,7 +31,7 @@ def test_lengths_are_those_of_the_examples(stats):
         assert prefix_ratio(lengths)[i] == pytest.approx(2 * prefix / (len(chosen) + len(rejected) - 2 * prefix))
 
 
-def test_what_is_found_is_printed_and_written(stats, tmp_path, capsys):
+def test_what_is_found_is_printed_and_written(stats, tmp_path, capsys, pictures):
     stats.run()
     found = json.loads((tmp_path / "stats" / "stats.json").read_text())
     dataset = stats.dataset

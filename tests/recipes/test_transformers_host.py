@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers", minversion="5.24")
 
 from directories import keys_for, make_directory  # noqa: E402
 from prefix_dpo_answers import AnswersConfig, PrefixDPOAnswers, split_at_answer  # noqa: E402
-from prefix_sharing.config import find_config  # noqa: E402
+from prefix_sharing.config import DistributedConfig, find_config  # noqa: E402
 from prefix_sharing.errors import UserError  # noqa: E402
 from prefix_sharing.hosts.transformers import causal_lm  # noqa: E402
 from runs import (  # noqa: E402
@@ -22,6 +22,7 @@ from runs import (  # noqa: E402
     make_config,
     run_distributed,
     run_in_process,
+    torchrun,
     training_log,
     transformers_log_probs,
     went_only_to,
@@ -74,9 +75,15 @@ def test_both_hosts_follow_the_same_curve(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "keys", [{"enable_activation_checkpointing": True}, {"pack_len": None, "packing": "none"}], ids=str
+    "keys",
+    [
+        {"enable_activation_checkpointing": True},
+        {"enable_activation_checkpointing": True, "ac_mode": "selective"},
+        {"pack_len": None, "packing": "none"},
+    ],
+    ids=str,
 )
-def test_checkpointing_and_packing_change_nothing(tmp_path, keys):
+def test_how_a_step_is_computed_changes_nothing(tmp_path, keys):
     path = make_directory(tmp_path / "model")
     if keys.get("packing") == "none":
         keys = {**keys, "batch_size": 1}
@@ -101,6 +108,18 @@ def test_the_loss_of_routers_is_part_of_the_loss_and_logged(tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     with pytest.raises(UserError, match=r"model.router_aux_loss_coef.*qwen3 models have no loss of routers"):
         causal_lm(make_directory(tmp_path / "dense"), router_aux_loss_coef=0.1)
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_nothing(tmp_path):
+    path = make_directory(tmp_path / "model")
+    # One Row, and no pass for a reference or held-out pairs: each would be compiled for itself.
+    keys = {"loss": {"_component_": "prefix_sharing.losses.SimPOLoss"}, "dataset_val": None, "max_steps_per_epoch": 1}
+    run_in_process(tmp_path / "plain", **keys_for(path, tmp_path / "plain", **keys))
+    run_in_process(tmp_path / "compiled", **keys_for(path, tmp_path / "compiled", **keys, compile=True))
+    (plain,), (compiled,) = (training_log(tmp_path / run) for run in ("plain", "compiled"))
+    for name in ("loss", "grad_norm"):
+        assert compiled[name] == pytest.approx(plain[name], rel=1e-5)
 
 
 def test_a_run_resumes_after_an_epoch(tmp_path):
@@ -169,3 +188,31 @@ def test_two_processes_follow_one(tmp_path, adapter):
     ]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-4)
+
+
+# Four processes at once: what is different from one process is each time another thing.
+EXPERTS = {"name": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ON_FOUR = {
+    "four_shards": ({}, {}),
+    "two_copies_of_two_shards": ({}, {"data_parallel_replicate_dim": 2}),
+    "experts": (EXPERTS, {"fsdp_sync_every_row": True}),
+    "recomputed": ({"tie_word_embeddings": True}, {"enable_activation_checkpointing": True, "ac_mode": "selective"}),
+}
+
+
+@pytest.mark.slow
+def test_four_processes_follow_one(tmp_path):
+    files = []
+    for case, (of_model, of_run) in ON_FOUR.items():
+        path = make_directory(tmp_path / "models" / case, **of_model)
+        few = {"max_steps_per_epoch": 3, "dataset_val": None, "num_workers": 0}
+        run_in_process(tmp_path / "alone" / case, **keys_for(path, tmp_path / "alone" / case, **few))
+        keys = keys_for(path, tmp_path / case, **few, **of_run)
+        cfg = make_config(tmp_path / case, "quickstart/distributed", DistributedConfig, **keys)
+        files.append(str(tmp_path / f"{case}.yaml"))
+        OmegaConf.save(cfg, files[-1])
+    script = Path(__file__).parents[1] / "support" / "distributed_runs.py"
+    torchrun(4, script, *files, HF_DATASETS_CACHE=str(tmp_path / "datasets_cache"))
+    for case in ON_FOUR:
+        assert len(losses(tmp_path / case)) == 3
+        assert losses(tmp_path / case) == pytest.approx(losses(tmp_path / "alone" / case), rel=1e-5), case

@@ -11,7 +11,7 @@ import pytest
 import prefix_dpo_distributed
 import prefix_dpo_single_device
 from prefix_sharing.config import config_names, find_config
-from runs import SHORT, as_overrides, losses, tune_run
+from runs import SHORT, as_overrides, losses, tune_run, tune_run_afresh
 
 ROOT = Path(__file__).parents[2]
 OVERRIDES = as_overrides(SHORT)
@@ -36,7 +36,9 @@ def test_a_copied_and_changed_recipe_runs_from_its_own_directory(tmp_path, recip
 
 @pytest.mark.slow
 def test_bad_input_is_one_line_for_tune_run_too(tmp_path):
-    done = tune_run("prefix_dpo_single_device", "--config", "quickstart/single_device", "bach_size=2", cwd=tmp_path)
+    done = tune_run_afresh(
+        "prefix_dpo_single_device", "--config", "quickstart/single_device", "bach_size=2", cwd=tmp_path
+    )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     said = done.stderr.splitlines()[-1]

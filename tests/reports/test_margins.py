@@ -53,7 +53,7 @@ def test_a_run_that_diverged_is_reported_without_a_picture(dataset, tmp_path, ca
     assert not (tmp_path / "margins.png").exists()
 
 
-def test_the_picture_is_drawn(table, tmp_path):
+def test_the_picture_is_drawn(table, tmp_path, pictures):
     file = tmp_path / "margins.png"
     plot_margins(table, "a run", file)
     assert np.ptp(matplotlib.image.imread(file)) > 0

@@ -1,7 +1,9 @@
 """Prints the bytes of memory that training steps really take on each rank, for tests/memory/test_estimate.py.
 
-python real_step.py CONFIG.yaml TOKENS_PER_ROW PREFIX,CHOSEN,REJECTED
-torchrun --nproc_per_node 2 real_step.py CONFIG.yaml TOKENS_PER_ROW PREFIX,CHOSEN,REJECTED
+python real_step.py SMALL.yaml CONFIG.yaml TOKENS_PER_ROW PREFIX,CHOSEN,REJECTED
+torchrun --nproc_per_node 2 real_step.py SMALL.yaml CONFIG.yaml TOKENS_PER_ROW PREFIX,CHOSEN,REJECTED
+
+Steps of a small model of the same kind go before, for what is loaded once.
 """
 
 import contextlib
@@ -48,12 +50,10 @@ def take_steps(cfg, row):
         optimizer.zero_grad()
 
 
-def main(file, num_tokens, example):
+def main(small_file, file, num_tokens, example):
     torch.set_num_threads(1)
-    cfg = check_config(OmegaConf.load(file), DistributedConfig)
-    small = cfg.copy()
-    small.model.update({"num_layers": 2, "embed_dim": 64, "intermediate_dim": 64, "vocab_size": 128})
-    take_steps(small, full_row(64, [32, 16, 16]))  # loads what is loaded once
+    small, cfg = (check_config(OmegaConf.load(each), DistributedConfig) for each in (small_file, file))
+    take_steps(small, full_row(64, [32, 16, 16]))
     before = memory("VmRSS")
     take_steps(cfg, full_row(num_tokens, example))
     peak = torch.tensor(memory("VmHWM") - before)
@@ -65,4 +65,4 @@ def main(file, num_tokens, example):
 
 if __name__ == "__main__":
     with process_group(CPU) if dist.is_torchelastic_launched() else contextlib.nullcontext():
-        main(sys.argv[1], int(sys.argv[2]), [int(length) for length in sys.argv[3].split(",")])
+        main(sys.argv[1], sys.argv[2], int(sys.argv[3]), [int(length) for length in sys.argv[4].split(",")])

@@ -18,12 +18,14 @@ from prefix_sharing.config import TrainingConfig, check_config, find_config
 from prefix_sharing.reports import curves
 from prefix_sharing.run import set_up_device
 from prefix_sharing.run.signals import StopRequest
+from processes import run_forked, run_on_ranks
 
 # A quickstart that takes seconds: as many keys as it takes, and no more.
 SHORT = {
     "dataset.num_pairs": 64,
     "dataset_val.num_pairs": 16,
     "run_val_every_n_steps": None,
+    "num_workers": 0,
     "max_steps_per_epoch": 4,
     "batch_size": 4,
     "gradient_accumulation_steps": 2,
@@ -106,18 +108,35 @@ def load_plain_model(directory, tmp_path, name="model-00001-of-00001.safetensors
 
 def tune_run(*arguments, cwd, timeout=300):
     """``tune run`` in a process of its own, in a directory of its own."""
+    return run_forked("torchtune._cli.tune:main", ["tune", "run", *arguments], cwd, timeout=timeout)
+
+
+def tune_run_afresh(*arguments, cwd, timeout=300):
+    """The same by the installed command: with a fresh interpreter, which takes a while to import everything."""
     command = [str(Path(sys.executable).parent / "tune"), "run", *arguments]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(Path(cwd) / "datasets_cache"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(Path(cwd) / "datasets_cache")}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def run_distributed(directory, num_processes, config="quickstart/distributed", **keys):
     """Runs the distributed recipe and returns its ``output_dir``."""
     directory.mkdir(exist_ok=True)
-    command = ["--nproc_per_node", str(num_processes), "prefix_dpo_distributed", "--config", config]
-    done = tune_run(*command, *as_overrides(keys), "output_dir=out", cwd=directory)
+    arguments = ["prefix_dpo_distributed", "--config", config, *as_overrides(keys), "output_dir=out"]
+    done = run_on_ranks("prefix_dpo_distributed:recipe_main", arguments, directory, num_processes)
     assert done.returncode == 0, done.stderr[-3000:]
     return directory / "out"
+
+
+def torchrun(num_processes, file, *arguments, timeout=200, **environment):
+    """A script in several processes, or in one; returns what it printed."""
+    launcher = [sys.executable]
+    if num_processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [*launcher, str(file), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def read_log(output_dir):

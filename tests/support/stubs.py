@@ -1,5 +1,7 @@
 """Components for configs in tests."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
@@ -11,16 +13,17 @@ from prefix_sharing.losses import DPOLoss
 
 
 class StubCheckpointer:
-    """The weights of a small model, and nothing written."""
+    """The weights of a small model, and an empty directory written."""
 
-    def __init__(self, model, **kwargs):
+    def __init__(self, model, output_dir, **kwargs):
+        self._output_dir = Path(output_dir)
         self._weights = config.instantiate(OmegaConf.create(model)).state_dict()
 
     def load_checkpoint(self):
         return {training.MODEL_KEY: dict(self._weights)}
 
-    def save_checkpoint(self, *args, **kwargs):
-        pass
+    def save_checkpoint(self, *args, epoch, **kwargs):
+        (self._output_dir / f"epoch_{epoch}").mkdir()
 
 
 def alibi_llama3(**kwargs):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from typing_extensions import override
 
-from prefix_sharing.attention.tree_mask import TreeMask
+from prefix_sharing.attention.tree_mask import TreeMask, padded_values
 from prefix_sharing.trees import Row
 
 
@@ -64,6 +64,7 @@ class ChainsMask(TreeMask):
         softcap: float | None = None,
     ) -> torch.Tensor:
         """Zero at padding."""
+        value_size, v = v.shape[3], padded_values(k, v)
         # split, not slices: the backward of a slice fills a whole Row with zeros.
         *queries, padding = q.split([*self._query_sizes, self._padding], dim=2)
         keys, values = k.split(self._key_sizes, dim=2), v.split(self._key_sizes, dim=2)
@@ -77,7 +78,7 @@ class ChainsMask(TreeMask):
             else:
                 attended = _softcapped_attention(query, key, value, mask, scale, softcap)
             outputs.append(attended)
-        return torch.cat([*outputs, padding.new_zeros(*padding.shape[:3], v.shape[3])], dim=2)
+        return torch.cat([*outputs, padding.new_zeros(*padding.shape[:3], v.shape[3])], dim=2)[..., :value_size]
 
 
 def _join(pieces: tuple[torch.Tensor, ...], indices: list[int]) -> torch.Tensor:
@@ -91,7 +92,9 @@ def _softcapped_attention(
     num_queries, num_keys, num_groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     if mask is None:
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril()
-    k, v = (x.repeat_interleave(num_groups, dim=1) for x in (k, v))
+    # The queries of heads that share K and V go one below the other.
+    q = q.unflatten(1, (-1, num_groups)).flatten(2, 3)
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = softcap * (scores / softcap).tanh()
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+    output = scores.masked_fill(~mask.repeat(num_groups, 1), float("-inf")).softmax(-1) @ v
+    return output.unflatten(2, (num_groups, -1)).flatten(1, 2)

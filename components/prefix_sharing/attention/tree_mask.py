@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
 
 from prefix_sharing.trees import Row
 
@@ -43,3 +44,19 @@ class TreeMask(ABC):
             torch.Tensor: the shape of ``q`` with the last dimension of ``v``; what it holds at padding means nothing,
             but is finite.
         """
+
+
+def padded_values(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Values with zeros up to the head size of keys, where it is larger, as in multi-head latent attention.
+
+    Kernels of FlashAttention take one size only; scaled dot product attention would fall back to making all scores.
+
+    Args:
+        k (torch.Tensor): keys.
+        v (torch.Tensor): values.
+
+    Returns:
+        torch.Tensor: values whose outputs have zeros at the end.
+    """
+    missing = k.shape[-1] - v.shape[-1]
+    return F.pad(v, (0, missing)) if missing > 0 else v

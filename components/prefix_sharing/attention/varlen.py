@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 from typing_extensions import override
 
-from prefix_sharing.attention.tree_mask import TreeMask
+from prefix_sharing.attention.tree_mask import TreeMask, padded_values
 from prefix_sharing.trees import Row
 
 
@@ -66,6 +66,7 @@ class VarlenMask(TreeMask):
         """
         if softcap is not None:
             raise NotImplementedError("varlen_attn cannot cap scores")
+        value_size, v = v.shape[3], padded_values(k, v)
         # [1, heads, s, head_dim] -> [s, heads, head_dim]
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         queries, padding = q.split([self._num_queries, len(q) - self._num_queries])
@@ -82,4 +83,5 @@ class VarlenMask(TreeMask):
             enable_gqa=True,
         )
         assert isinstance(output, torch.Tensor)  # not with its logsumexp
-        return torch.cat([output, padding.new_zeros(*padding.shape[:2], v.shape[2])]).transpose(0, 1)[None]
+        output = torch.cat([output, padding.new_zeros(*padding.shape[:2], v.shape[2])])
+        return output.transpose(0, 1)[None, ..., :value_size]

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from prefix_sharing.torch_private import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, TorchDispatchMode
+from prefix_sharing.torch_private import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, GROUPED_PRODUCT, TorchDispatchMode
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+_PLUS_A_BIAS = torch.ops.aten.addmm.default
 # How many products each attention kernel makes of a matrix of scores: S, then S V; again S, then the gradients of
 # V, S, Q and K.
 _ATTENTION = {
@@ -35,8 +36,13 @@ class RecordProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in _PRODUCTS:
-            a, b = args
-            self.operands[(tuple(a.shape), a.stride()), (tuple(b.shape), b.stride())] += 1
+            self._add(*args)
+        elif func is _PLUS_A_BIAS:
+            self._add(*args[1:3])
+        elif func is GROUPED_PRODUCT:
+            # As many operations as one product has with a single expert that gets every token.
+            a, b = (operand[0] if operand.dim() == 3 else operand for operand in args[:2])
+            self._add(a, b)
         elif func in _ATTENTION:
             q, k = args[:2] if _ATTENTION[func] == 2 else args[1:3]
             _, heads, num_queries, head_dim = q.shape
@@ -44,6 +50,9 @@ class RecordProducts(TorchDispatchMode):
             num_keys = k.shape[2] - num_queries / 2
             self.attention_flops += _ATTENTION[func] * 2.0 * heads * num_queries * head_dim * num_keys
         return func(*args, **(kwargs or {}))
+
+    def _add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        self.operands[(tuple(a.shape), a.stride()), (tuple(b.shape), b.stride())] += 1
 
 
 def seconds_of_matrix_products(step: Callable[[], Any], rounds: int) -> float:

@@ -5,6 +5,7 @@ format         a micro-batch
 ============== =====================================================================================================
 trl            ``batch_size`` pairs, by TRL's DPOTrainer (``hosts/trl.py``)
 torchtune      ``batch_size`` pairs, chosen above rejected, padded: torchtune's collate, forward and log-prob function
+transformers   the same with the forward of a model of transformers
 paired_packed  every response on its own, packed into Rows of ``pack_len`` tokens: Algorithm 2 of arXiv 2410.20305
 prefix         ``batch_size`` prefix trees per Row
 prefix_packed  prefix trees packed into Rows of ``pack_len`` tokens
@@ -21,7 +22,7 @@ from torch import nn
 
 from prefix_sharing.attention import rounding_of
 from prefix_sharing.hosts import TreeModel
-from prefix_sharing.hosts.torchtune.paired import PairedModel
+from prefix_sharing.hosts.torchtune import PairedModel
 from prefix_sharing.losses import DPOLoss, take_pairs
 from prefix_sharing.planning import ByLength, ExampleSizes, Fixed, Packing, Plan
 from prefix_sharing.trees import PrefixTree, Response, Row, RowOptions, TreeSizes
@@ -123,11 +124,11 @@ def _rows(
     return made
 
 
-def torchtune_format(paired: PairedModel, device: torch.device, *, batch_size: int) -> Format:
-    """Torchtune's own format.
+def paired_format(paired: PairedModel, device: torch.device, *, batch_size: int) -> Format:
+    """The format of the model's own library.
 
     Args:
-        paired (PairedModel): the model as torchtune builds it.
+        paired (PairedModel): the model as its library builds it.
         device (torch.device): where it runs.
         batch_size (int): pairs per micro-batch.
 
@@ -151,14 +152,14 @@ def torchtune_format(paired: PairedModel, device: torch.device, *, batch_size: i
     def loss(batch: MicroBatch, reference: torch.Tensor) -> torch.Tensor:
         return paired.loss(log_probs(batch), reference[batch.pairs])
 
-    return Format("torchtune", paired.model, micro_batches, log_probs, loss)
+    return Format(paired.name, paired.model, micro_batches, log_probs, loss)
 
 
 def trl_format(paired: PairedModel, device: torch.device, *, batch_size: int, beta: float) -> Format:
     """TRL's format, over a model of its own with the same weights.
 
     Args:
-        paired (PairedModel): the model as torchtune builds it.
+        paired (PairedModel): the model as its library builds it.
         device (torch.device): where it runs.
         batch_size (int): pairs per micro-batch.
         beta (float): of the DPO loss.

@@ -13,7 +13,7 @@ from prefix_sharing.benchmark.layers import first_layer, one_pair, random_qkv, s
 from prefix_sharing.benchmark.workloads import draw_lengths, make_pairs
 from prefix_sharing.datasets import PrefixPreferenceDataset, StepLoader
 from prefix_sharing.datasets.table import FEATURES, tokenized_example
-from prefix_sharing.hosts.torchtune import TreeTransformerDecoder
+from prefix_sharing.hosts import TreeModel
 from prefix_sharing.planning import ByLength, ExampleSizes, Plan
 from prefix_sharing.trees import PrefixTree, Row, RowOptions, TreeSizes
 
@@ -27,7 +27,7 @@ _DIFFERENT_EXAMPLES = 1000
 
 
 def time_rows(
-    model: TreeTransformerDecoder,
+    model: TreeModel,
     device: torch.device,
     num_tokens: Sequence[int],
     autocast: torch.autocast,
@@ -36,7 +36,7 @@ def time_rows(
     """Times masks, attention and a whole forward and backward pass at several Row lengths.
 
     Args:
-        model (TreeTransformerDecoder): the model; checkpointed, if long Rows are to fit into memory.
+        model (TreeModel): a model of torchtune; checkpointed, if long Rows are to fit into memory.
         device (torch.device): where it is.
         num_tokens (Sequence[int]): tokens per Row, multiples of 512.
         autocast (torch.autocast): the precision.
@@ -68,7 +68,7 @@ def time_rows(
 
 
 def _seconds_of_row(
-    model: TreeTransformerDecoder, row: Row, device: torch.device, autocast: torch.autocast, *, warm_up: bool
+    model: TreeModel, row: Row, device: torch.device, autocast: torch.autocast, *, warm_up: bool
 ) -> dict[str, float]:
     """The least of three times of masks and attention, after one that does not count, and one time of a step.
 

@@ -1,6 +1,12 @@
 """What a run starts from and what it takes to continue one, whatever library the model is of."""
 
-from prefix_sharing.checkpoint.state import Checkpoint, complete_directory, full_weights, set_full_weights
+from prefix_sharing.checkpoint.state import (
+    Checkpoint,
+    complete_directory,
+    full_weights,
+    remove_unfinished,
+    set_full_weights,
+)
 from prefix_sharing.checkpoint.training import (
     TrainingCheckpoint,
     TrainingCheckpoints,
@@ -18,5 +24,6 @@ __all__ = [
     "load_checkpoint_into",
     "newest_checkpoint",
     "read_checkpoint",
+    "remove_unfinished",
     "set_full_weights",
 ]

@@ -101,5 +101,20 @@ def complete_directory(directory: Path) -> Iterator[Path]:
         raise UserError(f"{directory} could not be written ({error}); {free:.1f} GB are free there.") from error
 
 
+def remove_unfinished(parent: Path) -> None:
+    """Removes what a process that was killed left of ``complete_directory`` and of training checkpoints.
+
+    Args:
+        parent (Path): where they are; nobody else may be writing there.
+    """
+    for unfinished in parent.glob("*.writing"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for before in parent.glob("*.before"):
+        if before.with_suffix("").exists():
+            shutil.rmtree(before, ignore_errors=True)
+        else:
+            before.rename(before.with_suffix(""))
+
+
 def _from_rank_zero() -> StateDictOptions:
     return StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())

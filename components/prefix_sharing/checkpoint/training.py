@@ -34,7 +34,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from prefix_sharing.distributed import all_gather_objects, broadcast_object, is_rank_zero, sum_over_ranks, this_rank
+from prefix_sharing.distributed import broadcast_object, is_rank_zero, sum_over_ranks, this_rank
+from prefix_sharing.distributed.ranks import all_gather_objects
 from prefix_sharing.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -113,8 +114,6 @@ class TrainingCheckpoints:
             UserError: if the one before could not be written.
         """
         self.wait()
-        if (self._directory / f"step_{step}" / _ABOUT).is_file():
-            return
         directory = self._directory / f"step_{step}{_UNFINISHED}"
         if is_rank_zero():
             shutil.rmtree(directory, ignore_errors=True)
@@ -177,7 +176,9 @@ class TrainingCheckpoints:
         shutil.rmtree(directory, ignore_errors=True)
         pending.directory.rename(directory)
         log.info("Training state saved to %s", directory)
-        for older in _directories(self._directory)[: -self._keep_last_n]:
+        # Later ones, which are damaged or another run's, are not what this run would continue from.
+        own = [found for found in _directories(self._directory) if _step_of(found) <= content["step"]]
+        for older in own[: -self._keep_last_n]:
             shutil.rmtree(older, ignore_errors=True)
 
 
@@ -297,4 +298,8 @@ def _described(file: Path) -> dict[str, Any]:
 def _directories(directory: Path) -> list[Path]:
     """Those of checkpoints that have their name, oldest first."""
     found = [path for path in directory.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix("step_"))

@@ -6,7 +6,6 @@ from prefix_sharing.config.defaults import default_cache_dir
 from prefix_sharing.config.files import config_names, find_config
 from prefix_sharing.config.parsing import parse, readable_errors
 from prefix_sharing.config.schema import DistributedConfig, ReferenceConfig, TrainingConfig, above, at_least
-from prefix_sharing.config.secrets import without_secrets
 
 __all__ = [
     "DistributedConfig",
@@ -24,5 +23,4 @@ __all__ = [
     "one_line",
     "parse",
     "readable_errors",
-    "without_secrets",
 ]

@@ -1,5 +1,6 @@
 """The Rows of a run's optimizer steps, built ahead of the loop from memory-mapped tokens."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from prefix_sharing.datasets.dataset import PrefixPreferenceDataset
+from prefix_sharing.distributed.processes import belong_to_parent
 from prefix_sharing.planning import Epoch
 from prefix_sharing.trees import NO_RESPONSE, Row, RowOptions
 
@@ -133,8 +135,15 @@ class StepLoader:
                 sampler=range(first_step, len(step_dataset)),
                 num_workers=min(self.num_workers, len(step_dataset) - first_step),
                 pin_memory=self.device.type == "cuda",
+                worker_init_fn=_set_up_worker,
                 # Its own: a loader draws a seed for its workers, which must not change the numbers of the training
                 # loop.
                 generator=torch.Generator(),
             )
         )
+
+
+def _set_up_worker(worker_id: int) -> None:
+    belong_to_parent()
+    # A SIGTERM to the whole group ends the run after its step, which still needs its Rows; only another one is for us.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

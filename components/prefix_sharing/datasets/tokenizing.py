@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+import multiprocess
 import numpy as np
 
 from prefix_sharing.datasets.forms import FORMS, Comparison, Form, Record, RecordError
 from prefix_sharing.datasets.ranking import PairStrategy, pairs_with_a_preference
 from prefix_sharing.datasets.source import to_record
 from prefix_sharing.datasets.table import MALFORMED, dropped_example, tokenized_example
+from prefix_sharing.distributed.processes import belong_to_parent
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.fingerprint import code_fingerprint, fingerprint, source_of
 from prefix_sharing.tokenizers import ChatTokenizer, TokenizedChat, Turn, tokenize_turns
@@ -95,6 +97,8 @@ class TokenizeRecord:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, form=FORMS[state["form"]])
+        if multiprocess.parent_process() is not None:  # in one of the processes that tokenize
+            belong_to_parent()
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         """The line of a record; raises ``MalformedRecordError`` if it is malformed and that is to stop the run."""

@@ -2,7 +2,6 @@
 
 from prefix_sharing.distributed.ranks import (
     Ranks,
-    all_gather_objects,
     broadcast_from_rank_zero,
     broadcast_object,
     check_processes_joined,
@@ -15,7 +14,6 @@ from prefix_sharing.distributed.ranks import (
 )
 from prefix_sharing.distributed.sharding import (
     device_mesh,
-    gathered_on_rank_zero,
     local_part,
     reshard,
     shard,
@@ -24,12 +22,10 @@ from prefix_sharing.distributed.sharding import (
 
 __all__ = [
     "Ranks",
-    "all_gather_objects",
     "broadcast_from_rank_zero",
     "broadcast_object",
     "check_processes_joined",
     "device_mesh",
-    "gathered_on_rank_zero",
     "is_rank_zero",
     "local_part",
     "process_group",

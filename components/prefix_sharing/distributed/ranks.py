@@ -5,6 +5,7 @@ Every function works with one process, too, so that both recipes call the same c
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from prefix_sharing.distributed.processes import end_with_parent
+from prefix_sharing.distributed.watch import Watch, describe
 from prefix_sharing.errors import UserError
 
 _STEP_TIMEOUT = timedelta(minutes=10)
@@ -49,23 +52,45 @@ def process_group(device: torch.device) -> Iterator[None]:
         None: to the run.
 
     Raises:
-        UserError: if the process was not started by a distributed launcher.
+        UserError: if the process was not started by a distributed launcher, or another rank ended or hangs.
     """
     global _setup_group
     if not dist.is_torchelastic_launched():
         raise UserError(
             "prefix_dpo_distributed needs a launcher: tune run --nproc_per_node N prefix_dpo_distributed ..."
         )
+    end_with_parent(signal.SIGTERM)  # which a launcher that is killed with -9 cannot send
     # The CPU's backend serves parameters that are offloaded to the CPU.
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_STEP_TIMEOUT)
     _setup_group = dist.new_group(backend="gloo", timeout=_SETUP_TIMEOUT)
-    yield
+    watch = Watch(*this_rank()) if dist.get_world_size() > 1 else None
+    wait_for_all_ranks()
+    if watch is not None:
+        watch.start()
+    try:
+        yield
+    except Exception as error:
+        gone = watch.silent() if watch is not None and _is_of_communication(error) else []
+        if gone:
+            raise UserError(describe(gone)) from error
+        raise
     # Meanwhile gloo's threads release the tensors of the last collective. If they came to that only when the
     # interpreter is shutting down, they would abort the process.
     wait_for_all_ranks()
+    if watch is not None:
+        watch.end()
     _setup_group = None
     dist.destroy_process_group()
+
+
+def _is_of_communication(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is that another rank was waited for in vain."""
+    while error is not None:
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def check_processes_joined() -> None:

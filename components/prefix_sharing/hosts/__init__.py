@@ -9,6 +9,7 @@ from prefix_sharing.hosts.choice import (
     check_arithmetic,
     load_checkpoint,
     load_trained_checkpoint,
+    paired_model,
     save_checkpoint,
     to_tree_model,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "load_checkpoint",
     "load_trained_checkpoint",
     "missing_window",
+    "paired_model",
     "save_checkpoint",
     "to_tree_model",
 ]

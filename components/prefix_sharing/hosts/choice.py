@@ -61,6 +61,23 @@ def check_arithmetic(node: DictConfig, *, gradients: bool) -> None:
     log.info("Self-check of %s: a tree and separate sequences differ by %s", name, differences)
 
 
+def paired_model(model: nn.Module, beta: float) -> torchtune.PairedModel:
+    """A model as its library builds it, with the paired computation of DPO that the benchmark compares with.
+
+    Args:
+        model (nn.Module): as for ``to_tree_model``.
+        beta (float): of the DPO loss.
+
+    Returns:
+        torchtune.PairedModel: or that of another host.
+    """
+    if _is_of_transformers(model):
+        from prefix_sharing.hosts import transformers
+
+        return transformers.PairedModel(model, beta)
+    return torchtune.PairedModel(model, beta)
+
+
 def to_tree_model(
     model: nn.Module, attention_backend: AttentionBackend, kernel_options: Mapping[str, Any] | None = None
 ) -> TreeModel:

@@ -1,9 +1,10 @@
-"""TRL's DPOTrainer with the weights of a torchtune model: ``pip install 'torchtune-prefix-sharing[bench]'``.
+"""TRL's DPOTrainer with the weights of a model of torchtune or transformers.
 
-The trainer is TRL's own, with a transformers model, and reference log-probs computed beforehand. The benchmark calls
-the trainer's collator and its ``compute_loss``.
+It takes ``pip install 'torchtune-prefix-sharing[bench]'``. The trainer is TRL's own, with a transformers model, and
+reference log-probs computed beforehand. The benchmark calls the trainer's collator and its ``compute_loss``.
 """
 
+import copy
 import tempfile
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ from tokenizers.models import WordLevel
 from torch import nn
 from torchtune.models.convert_weights import tune_to_hf
 from torchtune.modules import TiedLinear, TransformerDecoder
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from prefix_sharing.trees import Response
@@ -24,7 +25,8 @@ class TRLModel:
     """Pairs by TRL's trainer.
 
     Args:
-        plain (TransformerDecoder): a model of the Llama architecture as torchtune builds it, whose weights are copied.
+        plain (TransformerDecoder | PreTrainedModel): a model as transformers builds it, or as torchtune does, of the
+            Llama architecture; its weights are copied.
         device (torch.device): where it runs.
         beta (float): of the DPO loss.
 
@@ -32,8 +34,9 @@ class TRLModel:
         model (torch.nn.Module): the trainer's model.
     """
 
-    def __init__(self, plain: TransformerDecoder, device: torch.device, beta: float) -> None:
-        self._trainer = _build_trainer(_as_transformers_model(plain), device, beta)
+    def __init__(self, plain: TransformerDecoder | PreTrainedModel, device: torch.device, beta: float) -> None:
+        model = copy.deepcopy(plain) if isinstance(plain, PreTrainedModel) else _as_transformers_model(plain)
+        self._trainer = _build_trainer(model, device, beta)
         self._collate: Callable[..., dict[str, torch.Tensor]] = self._trainer.data_collator
         self.model: nn.Module = self._trainer.model_wrapped
 
@@ -97,7 +100,7 @@ def _as_transformers_model(plain: TransformerDecoder) -> LlamaForCausalLM:
     return model
 
 
-def _build_trainer(model: LlamaForCausalLM, device: torch.device, beta: float) -> DPOTrainer:
+def _build_trainer(model: PreTrainedModel, device: torch.device, beta: float) -> DPOTrainer:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "b": 3, "c": 4}, unk_token="<unk>")),
         unk_token="<unk>",
@@ -111,6 +114,7 @@ def _build_trainer(model: LlamaForCausalLM, device: torch.device, beta: float) -
         beta=beta,
         max_length=None,
         precompute_ref_log_probs=True,
+        router_aux_loss_coef=0.0,
         per_device_train_batch_size=1,
         gradient_checkpointing=False,
         bf16=False,

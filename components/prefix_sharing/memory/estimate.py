@@ -21,7 +21,13 @@ from prefix_sharing.distributed import device_mesh, local_part, shard, sync_grad
 from prefix_sharing.hosts import TreeModel
 from prefix_sharing.run.kl import loss_of_row
 from prefix_sharing.run.setup import build_loss, build_model, compute_dtype
-from prefix_sharing.torch_private import FakeStore, FakeTensorMode, FSDPMemTracker, MemTracker
+from prefix_sharing.torch_private import (
+    FakeStore,
+    FakeTensorMode,
+    FSDPMemTracker,
+    MemTracker,
+    ShapesOfGroupedProducts,
+)
 from prefix_sharing.trees import Response, Row
 
 _CPU = torch.device("cpu")
@@ -117,7 +123,7 @@ def peak_memory_estimate(cfg: DictConfig, world_size: int) -> Iterator[Callable[
             loss_of_row(loss, row, output, lambda _: zeros, kl=zeros.sum()).losses.sum().backward()
 
         def peak_of(row: Row) -> PeakMemory:
-            with fake:
+            with fake, ShapesOfGroupedProducts():
                 row = row.map_tensors(fake.from_tensor)
                 tracker = _tracker(model, optimizer, sharded)
                 with tracker:

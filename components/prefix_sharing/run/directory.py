@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from prefix_sharing.checkpoint import TrainingCheckpoint, newest_checkpoint, read_checkpoint
+from prefix_sharing.checkpoint import TrainingCheckpoint, newest_checkpoint, read_checkpoint, remove_unfinished
 from prefix_sharing.distributed import broadcast_object, is_rank_zero
 from prefix_sharing.errors import ConfigError
 
@@ -39,7 +39,7 @@ def locked_output_dir(cfg: DictConfig) -> Iterator[None]:
     if is_rank_zero():
         stream = (Path(cfg.output_dir) / _LOCK).open("a+", encoding="utf-8")
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which, unlike flock, no child process inherits
             stream.truncate(0)
             stream.write(f"process {os.getpid()} on {os.uname().nodename}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
             stream.flush()
@@ -49,6 +49,9 @@ def locked_output_dir(cfg: DictConfig) -> Iterator[None]:
     problem = broadcast_object(problem)
     if problem is not None:
         raise ConfigError("output_dir", problem)
+    if is_rank_zero():
+        remove_unfinished(Path(cfg.output_dir))
+        remove_unfinished(Path(cfg.output_dir) / CHECKPOINTS)
     try:
         yield
     finally:
@@ -76,6 +79,8 @@ def find_resumed(cfg: DictConfig) -> TrainingCheckpoint | None:
         return newest_checkpoint(directory, _run_id(cfg))
     if not Path(cfg.resume).is_dir():
         raise ConfigError("resume", f"{cfg.resume} not found; give auto, or the directory of a training checkpoint")
+    if Path(cfg.resume).resolve().parent != directory.resolve():
+        _make_room(cfg, directory)
     return read_checkpoint(Path(cfg.resume))
 
 

@@ -8,7 +8,8 @@ import torch
 from omegaconf import DictConfig
 
 from prefix_sharing.datasets import PrefixPreferenceDataset, StepRows
-from prefix_sharing.distributed import all_gather_objects, is_rank_zero, sum_over_ranks
+from prefix_sharing.distributed import is_rank_zero, sum_over_ranks
+from prefix_sharing.distributed.ranks import all_gather_objects
 from prefix_sharing.errors import UserError
 from prefix_sharing.losses import LossOutput
 from prefix_sharing.scoring import ResponseLogProbs

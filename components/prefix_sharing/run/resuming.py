@@ -98,12 +98,13 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:120]}..."
 
 
-def forget_later_entries(cfg: DictConfig, resumed: TrainingCheckpoint | None) -> None:
-    """Takes from the logs on disk what will come again: the steps after the one that a run continues from.
+def forget_later_entries(cfg: DictConfig, resumed: TrainingCheckpoint | None, num_steps: int) -> None:
+    """Takes from the logs on disk what will come again: what is after the step that a run continues from.
 
     Args:
         cfg (DictConfig): the run's config.
         resumed (TrainingCheckpoint | None): what the run continues from.
+        num_steps (int): the run's; after the last one it evaluates the model once more.
     """
     log_dir = cfg.metric_logger.get("log_dir")
     if cfg.resume is None or log_dir is None or not is_rank_zero():
@@ -112,6 +113,7 @@ def forget_later_entries(cfg: DictConfig, resumed: TrainingCheckpoint | None) ->
     for file in Path(log_dir).glob("log_*.txt"):
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if _step_of(line) <= last and line.endswith("\n")]
+        kept = [line for line in kept if not (_step_of(line) == num_steps and "| eval/" in line)]
         if kept != lines:
             shorter = file.with_suffix(".new")
             shorter.write_text("".join(kept), encoding="utf-8")

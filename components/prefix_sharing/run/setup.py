@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchtune import training, utils
 
 from prefix_sharing.attention import choose_attention_backend
-from prefix_sharing.config import component_name, explained, instantiate, without_secrets
+from prefix_sharing.config import component_name, explained, instantiate
+from prefix_sharing.config.secrets import without_secrets
 from prefix_sharing.datasets import PrefixPreferenceDataset
 from prefix_sharing.distributed import broadcast_object, check_processes_joined, is_rank_zero
 from prefix_sharing.errors import ConfigError, UserError

@@ -1,7 +1,7 @@
-"""Stopping at the end of a step when asked to, and not living on without whoever asks."""
+"""Stopping at the end of a step when asked to."""
 
 import contextlib
-import ctypes
+import os
 import signal
 import sys
 import time
@@ -16,7 +16,8 @@ from prefix_sharing.distributed import sum_over_ranks
 _SECOND = 1.0
 """Seconds after which a signal is another one: a terminal and a launcher may both send the first."""
 
-_PR_SET_PDEATHSIG = 1
+_SECONDS_ALONE = 8
+"""How long a rank may take for that when its launcher was killed: others may wait for its place."""
 
 
 class StopRequest:
@@ -25,6 +26,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._signal = 0
         self._since = 0.0
+        self._launcher = os.getppid() if dist.is_torchelastic_launched() else None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
@@ -34,6 +36,8 @@ class StopRequest:
             self._signal, self._since = number, time.monotonic()
             name = signal.Signals(number).name
             print(f"{name}: stopping after this step; once more stops at once", file=sys.stderr, flush=True)
+            if self._launcher not in (None, os.getppid()):
+                signal.alarm(_SECONDS_ALONE)
 
     def exit_code(self) -> int:
         """128 and the signal's number if it came to any rank, else 0: a collective."""
@@ -52,20 +56,8 @@ def stop_signals() -> Iterator[StopRequest]:
     """
     request = StopRequest()
     before = {number: signal.signal(number, request.receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    if dist.is_torchelastic_launched():
-        end_with_parent(signal.SIGTERM)  # of a launcher that is killed
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def end_with_parent(number: int) -> None:
-    """Has the kernel send this process a signal when its parent ends, however it does; on Linux.
-
-    Args:
-        number (int): the signal.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

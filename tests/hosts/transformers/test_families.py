@@ -3,123 +3,43 @@
 import copy
 import inspect
 
-import numpy as np
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
+from decoders import (  # noqa: E402
+    DENSE,
+    DIMS,
+    EXPERTS,
+    SPARSE,
+    WITH_HEAD_DIM,
+    build,
+    make_examples,
+    plain_log_probs,
+)
+from prefix_sharing.attention import ChainsMask  # noqa: E402
 from prefix_sharing.errors import ConfigError  # noqa: E402
 from prefix_sharing.hosts.transformers import check_arithmetic, model, self_check, to_tree_model  # noqa: E402
-from prefix_sharing.trees import Response, Row, bucket_length  # noqa: E402
+from prefix_sharing.trees import Row, bucket_length  # noqa: E402
 from prefix_sharing.trees.row import RowOptions  # noqa: E402
 
-DIMS = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-WITH_HEAD_DIM = DIMS | {"head_dim": 16}  # more in all than hidden_size
-WINDOW = {"sliding_window": 24}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-MLA = {
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 12,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "num_key_value_heads": 4,
-}
-DENSE = {
-    "llama": WITH_HEAD_DIM,
-    "qwen2": DIMS | WINDOW | {"use_sliding_window": True, "max_window_layers": 1},
-    "qwen3": WITH_HEAD_DIM,
-    "gemma": WITH_HEAD_DIM,
-    "gemma2": WITH_HEAD_DIM | WINDOW,
-    "gemma3_text": WITH_HEAD_DIM | WINDOW,
-    "smollm3": DIMS,
-    "olmo": DIMS,
-    "olmo2": DIMS,
-    "olmo3": DIMS | WINDOW,
-    "mistral": WITH_HEAD_DIM | WINDOW,
-    "ministral": WITH_HEAD_DIM | WINDOW,
-    "phi": DIMS,
-    "phi3": DIMS,
-    "granite": DIMS | {"logits_scaling": 4.0, "residual_multiplier": 0.5},
-    "glm": WITH_HEAD_DIM,
-    "glm4": WITH_HEAD_DIM,
-    "cohere": DIMS,
-    "cohere2": WITH_HEAD_DIM | WINDOW,
-    "exaone4": WITH_HEAD_DIM | WINDOW,
-    "starcoder2": DIMS,
-    "helium": DIMS | {"head_dim": 12},
-    "ernie4_5": DIMS,
-    "hunyuan_v1_dense": WITH_HEAD_DIM,
-    "gpt_neox": DIMS,
-}
-SPARSE = {
-    "qwen3_moe": WITH_HEAD_DIM | EXPERTS,
-    "mixtral": DIMS | {"num_local_experts": 4},
-    "deepseek_v3": DIMS | MLA,
-    "olmoe": DIMS | EXPERTS,
-}
-
-
-def build(name, **kwargs):
-    config = transformers.AutoConfig.for_model(name, **(DENSE | SPARSE)[name] | kwargs)
-    torch.manual_seed(0)
-    plain = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    for parameter in plain.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return plain if name in SPARSE else plain.double()
-
-
-def make_examples():
-    rng = np.random.default_rng(0)
-    examples = []
-    for num_responses in (2, 4, 3):
-        prefix = rng.integers(3, 97, rng.integers(20, 50))
-        examples.append([])
-        for _ in range(num_responses):
-            tokens = np.concatenate([prefix, rng.integers(3, 97, rng.integers(3, 20))])
-            examples[-1].append(Response(tokens, np.arange(len(tokens)) >= len(prefix)))
-    return examples
-
-
-def plain_log_probs(plain, examples):
-    found = torch.zeros(len(examples), max(map(len, examples)), dtype=next(plain.parameters()).dtype)
-    for e, example in enumerate(examples):
-        for k, response in enumerate(example):
-            tokens = torch.from_numpy(response.tokens)[None]
-            log_probs = plain(input_ids=tokens, use_cache=False).logits[0, :-1].log_softmax(-1)
-            of_targets = log_probs.gather(1, tokens[0, 1:, None])[:, 0]
-            found[e, k] = of_targets[torch.from_numpy(response.scored[1:])].sum()
-    return found
-
-
 PADDED = ("llama", "gemma2", "deepseek_v3")
+# Grouped keys, windows by layer, capped scores, values smaller than keys, experts, norms of queries and keys, rotary
+# embeddings of a part of a head.
+ON_OTHER_BACKENDS = ("llama", "gemma3_text", "gemma2", "deepseek_v3", "qwen3_moe", "qwen3", "phi")
+CASES = [
+    *((name, "chains", None) for name in (*DENSE, *SPARSE)),
+    *((name, "chains", bucket_length) for name in PADDED),
+    *((name, "flex", bucket_length) for name in ON_OTHER_BACKENDS),
+    *((name, "varlen", None) for name in ON_OTHER_BACKENDS if name != "gemma2"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "round_length"), [(name, None) for name in (*DENSE, *SPARSE)] + [(name, bucket_length) for name in PADDED]
-)
-def test_log_probs_and_gradients_are_those_of_separate_sequences(name, round_length):
+@pytest.mark.parametrize(("name", "backend", "round_length"), CASES)
+def test_log_probs_and_gradients_are_those_of_separate_sequences(on_cpu, name, backend, round_length):
     plain = build(name)
-    tree = to_tree_model(copy.deepcopy(plain), "chains")
+    tree = to_tree_model(copy.deepcopy(plain), backend)
     examples = make_examples()
     found = tree(Row.from_examples(examples, options=RowOptions(round_length=round_length))).log_probs
     expected = plain_log_probs(plain, examples)
@@ -135,6 +55,26 @@ def test_log_probs_and_gradients_are_those_of_separate_sequences(name, round_len
             difference = (ours.grad - theirs.grad).norm()
             # A bias of keys has no effect: its gradient is rounding alone.
             assert difference <= 1e-5 * theirs.grad.norm() + 1e-6, key
+
+
+@pytest.mark.parametrize("name", [*DENSE, *SPARSE])
+def test_keys_and_values_reach_attention_in_their_own_heads_and_under_autocast_in_bf16(name, monkeypatch):
+    seen, attend = set(), ChainsMask.attend
+
+    def recorded(self, q, k, v, **kwargs):
+        seen.update((x.shape[1], x.dtype) for x in (k, v))
+        return attend(self, q, k, v, **kwargs)
+
+    monkeypatch.setattr(ChainsMask, "attend", recorded)
+    tree = to_tree_model(build(name).float(), "chains")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        tree(Row.from_examples(make_examples()))
+    assert seen == {(tree.config.num_key_value_heads, torch.bfloat16)}
+
+
+def test_a_backend_that_cannot_cap_scores_is_refused():
+    with pytest.raises(ConfigError, match="varlen cannot cap attention scores as this model does; use flex"):
+        to_tree_model(build("gemma2"), "varlen")
 
 
 def test_state_dict_keys_are_the_models_own():

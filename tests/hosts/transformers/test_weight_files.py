@@ -119,6 +119,17 @@ def test_the_index_decides_which_files_are_read(tmp_path, monkeypatch):
         WeightFiles(tmp_path)
 
 
+def test_damaged_files_are_one_sentence(tmp_path):
+    path = Path(make_directory(tmp_path / "model"))
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model.safetensors is damaged, or no safetensors file .*; download it again"):
+        WeightFiles(path)
+    (path / "model.safetensors.index.json").write_text('{"weight_map"')
+    with pytest.raises(UserError, match=r"index.json is not the index of safetensors files; download it again"):
+        WeightFiles(path)
+
+
 def test_other_weights_than_safetensors_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"has no model.safetensors and no model.safetensors.index.json"):

@@ -11,11 +11,13 @@ from prefix_sharing.hosts.torchtune.model import (
     TreeTransformerLayer,
     to_tree_model,
 )
+from prefix_sharing.hosts.torchtune.paired import PairedModel
 from prefix_sharing.hosts.torchtune.self_check import check_arithmetic
 from prefix_sharing.hosts.torchtune.weights import load_checkpoint, load_trained_checkpoint, save_checkpoint
 
 __all__ = [
     "AnswerModel",
+    "PairedModel",
     "TreeAttention",
     "TreeTransformerDecoder",
     "TreeTransformerLayer",

@@ -167,7 +167,7 @@ class TreeTransformerLayer(TransformerSelfAttentionLayer):
         return x + self.mlp_scale(self.mlp(self.mlp_norm(x)))
 
 
-@torch.compiler.disable(recursive=False)
+@torch.compiler.disable
 def _attend(
     mask: TreeMask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, softcap: float | None
 ) -> torch.Tensor:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_dpo
-from torchtune.modules import TransformerDecoder
 from torchtune.rlhf import get_batch_log_probs
 from torchtune.rlhf.loss import DPOLoss
 
@@ -18,14 +18,17 @@ class PairedModel:
     """A model as torchtune builds it: pairs as a padded batch, chosen above rejected, and logits of every token.
 
     Args:
-        model (TransformerDecoder): torchtune's model.
+        model (Any): torchtune's ``TransformerDecoder``.
         beta (float): of the DPO loss.
 
     Attributes:
-        model (TransformerDecoder): as given.
+        name (str): of the library.
+        model (Any): as given.
     """
 
-    def __init__(self, model: TransformerDecoder, beta: float) -> None:
+    name = "torchtune"
+
+    def __init__(self, model: Any, beta: float) -> None:
         self.model = model
         self._loss = DPOLoss(beta=beta)
 
@@ -35,7 +38,25 @@ class PairedModel:
 
     def log_probs(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Log-probs of chosen and rejected by torchtune's own function, shape ``[P, 2]``."""
-        return get_batch_log_probs(self.model(input_ids), labels).view(2, -1).T
+        return get_batch_log_probs(self.logits(input_ids), labels).view(2, -1).T
+
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits of every token, shape ``[2 * P, s, vocab]``."""
+        return self.model(input_ids)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The model's layers."""
+        return self.model.layers
+
+    @property
+    def num_output_weights(self) -> int:
+        """Weights of the output projection."""
+        return self.model.tok_embeddings.weight.numel()
+
+    def forward_flops(self, sizes: TreeSizes) -> np.ndarray:
+        """See ``TreeModel.forward_flops``."""
+        return forward_flops(self.model, sizes)
 
     def loss(self, log_probs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """The sum of torchtune's DPO loss over pairs, given log-probs of shape ``[P, 2]``."""
@@ -53,10 +74,10 @@ class PairedModel:
             float: the operations.
         """
         size = TreeSizes(np.array([length]), np.array([length * (length + 1) / 2]), np.array([length]))
-        total = 3 * num_sequences * float(forward_flops(self.model, size)[0])
+        total = 3 * num_sequences * float(self.forward_flops(size)[0])
         if num_logits is None:
             return total
-        return total - 6.0 * self.model.tok_embeddings.weight.numel() * (num_sequences * length - num_logits)
+        return total - 6.0 * self.num_output_weights * (num_sequences * length - num_logits)
 
 
 def as_torchtunes_sample(pair: Sequence[Response]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ if find_spec("transformers") is None or find_spec("peft") is None:
 from prefix_sharing.hosts.transformers.directory import causal_lm, lora_causal_lm
 from prefix_sharing.hosts.transformers.generation import AnswerModel
 from prefix_sharing.hosts.transformers.model import TreeCausalLM, to_tree_model
+from prefix_sharing.hosts.transformers.paired import PairedModel
 from prefix_sharing.hosts.transformers.self_check import check_arithmetic
 from prefix_sharing.hosts.transformers.weights import (
     checkpointer,
@@ -21,6 +22,7 @@ from prefix_sharing.hosts.transformers.weights import (
 
 __all__ = [
     "AnswerModel",
+    "PairedModel",
     "TreeCausalLM",
     "causal_lm",
     "check_arithmetic",

@@ -60,7 +60,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def freeze_base(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keeps the frozen weights of linear layers in another precision, where there is an adapter.
+    """Keeps the frozen weights of linear layers and experts in another precision, where there is an adapter.
 
     Args:
         model (nn.Module): before it is wrapped or sharded; changed in place.
@@ -69,10 +69,10 @@ def freeze_base(model: nn.Module, dtype: torch.dtype) -> None:
     if not has_adapter(model):
         return
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
+        for parameter in module.parameters(recurse=False):
+            is_of_experts = parameter.dim() == 3  # their matrices lie in one tensor
+            if not parameter.requires_grad and (isinstance(module, nn.Linear) or is_of_experts):
+                parameter.data = parameter.data.to(dtype)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -25,7 +25,8 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from prefix_sharing.distributed import gathered_on_rank_zero, is_rank_zero, local_part
+from prefix_sharing.distributed import is_rank_zero, local_part
+from prefix_sharing.distributed.sharding import gathered_on_rank_zero
 from prefix_sharing.errors import UserError
 from prefix_sharing.hosts.fitting import check_tensors_fit
 
@@ -105,11 +106,13 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         index, single = directory / _INDEX_FILE, directory / _SINGLE_FILE
         if index.is_file():
             # The index decides, whatever other files there are.
-            names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{index} is not the index of safetensors files; download it again.") from error
             files = {name: directory / file for name, file in names.items()}
         elif single.is_file():
-            with safe_open(single, framework="pt") as file:
-                files = dict.fromkeys(file.keys(), single)
+            files = dict.fromkeys(_open(single).keys(), single)
         else:
             raise UserError(
                 f"{directory} has no {_SINGLE_FILE} and no {_INDEX_FILE}; weights are read from these only."
@@ -122,8 +125,7 @@ class WeightFiles(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         path, name_there = self._places[name]
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name_there)
+        return _open(path).get_tensor(name_there)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -133,10 +135,15 @@ class WeightFiles(Mapping[str, torch.Tensor]):
 
     def slices(self) -> dict[str, Any]:
         """What tells the shape of a tensor and reads parts of it, by name."""
-        by_file: dict[Path, Any] = {}
-        for path in {path for path, _ in self._places.values()}:
-            by_file[path] = safe_open(path, framework="pt")
+        by_file = {path: _open(path) for path in {path for path, _ in self._places.values()}}
         return {name: by_file[path].get_slice(name_there) for name, (path, name_there) in self._places.items()}
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged, or no safetensors file ({error}); download it again.") from error
 
 
 def _names_of_text(names: Iterable[str]) -> dict[str, str]:

@@ -51,7 +51,7 @@ class RowMasks:
         return self._masks[window]
 
 
-@torch.compiler.disable(recursive=False)
+@torch.compiler.disable
 def _attend(
     module: nn.Module,
     query: torch.Tensor,
@@ -103,14 +103,35 @@ class _MLPAtPredictors:
     predictor_index: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        index = self.predictor_index
-        if index is None:
-            return super().forward(x)  # type: ignore[misc]
-        at_predictors = super().forward(x.index_select(1, index))  # type: ignore[misc]
-        # Padding repeats the last index, which must be added once.
-        is_first = torch.ones_like(index, dtype=torch.bool)
-        is_first[1:] = index[1:] != index[:-1]
-        return torch.zeros_like(x).index_add(1, index, at_predictors * is_first[:, None].to(x.dtype))
+        plain = super().forward  # type: ignore[misc]
+        return plain(x) if self.predictor_index is None else compute_at(self.predictor_index, plain, x)
+
+
+def compute_at(index: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """A function of tokens, computed only for some of them; it is zero for the others.
+
+    Args:
+        index (torch.Tensor): indices of those tokens, ascending; padding repeats the last.
+        function (Callable[[torch.Tensor], torch.Tensor]): the function.
+        x (torch.Tensor): what it is computed of, shape ``[1, s, dim]``.
+
+    Returns:
+        torch.Tensor: shape ``[1, s, dim]``.
+    """
+    # Padding must be added once.
+    is_first = torch.ones_like(index, dtype=torch.bool)
+    is_first[1:] = index[1:] != index[:-1]
+    return torch.zeros_like(x).index_add(1, index, function(x.index_select(1, index)) * is_first[:, None].to(x.dtype))
+
+
+class _LastLayer:
+    """The last layer, which says to its MLP whose hidden states are read: each time it is computed."""
+
+    mlp: _MLPAtPredictors
+
+    def forward(self, *args: Any, row_masks: RowMasks | None = None, **kwargs: Any) -> Any:
+        self.mlp.predictor_index = None if row_masks is None else row_masks.row.predictor_index
+        return super().forward(*args, row_masks=row_masks, **kwargs)  # type: ignore[misc]
 
 
 class TreeCausalLM(TreeModel):
@@ -132,9 +153,6 @@ class TreeCausalLM(TreeModel):
 
     @override
     def forward(self, row: Row) -> ResponseLogProbs:
-        last_mlp = _mlp_of(self.layers[-1])
-        if isinstance(last_mlp, _MLPAtPredictors):
-            last_mlp.predictor_index = row.predictor_index
         output = self.get_decoder()(
             input_ids=row.tokens,
             position_ids=row.input_pos,
@@ -143,7 +161,9 @@ class TreeCausalLM(TreeModel):
             **{"output_router_logits": True} if self.aux_loss_coef > 0 else {},
         )
         hidden = output.last_hidden_state[0].index_select(0, row.predictor_index)
-        found = response_log_probs(self._project, hidden, row, self.vocab_size)
+        # What the head saves is large and needed first in the backward pass, so it stays where it is.
+        with torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
+            found = response_log_probs(self._project, hidden, row, self.vocab_size)
         if self.aux_loss_coef > 0:
             found = found._replace(aux_loss=self.aux_loss_coef * self._aux_loss(output, row))
         return found
@@ -190,22 +210,7 @@ class TreeCausalLM(TreeModel):
 
     @override
     def forward_flops(self, sizes: TreeSizes) -> np.ndarray:
-        *layers, last = self.layers
-        weights = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
-        of_last = sum(p.numel() for p in last.parameters() if p.dim() > 1)
-        mlp = _mlp_of(last)
-        of_mlp = 0
-        if isinstance(mlp, _MLPAtPredictors):
-            of_mlp = sum(p.numel() for p in cast(nn.Module, mlp).parameters() if p.dim() > 1)
-        config = self.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = config.num_attention_heads * head_dim * len(self.layers)
-        at_predictors = of_mlp + self.get_input_embeddings().weight.numel()
-        return (
-            2.0 * (weights + of_last - of_mlp) * sizes.num_tokens
-            + 4.0 * width * sizes.num_visible
-            + 2.0 * at_predictors * sizes.num_predictors
-        )
+        return forward_flops(self, sizes)
 
     @property
     @override
@@ -227,9 +232,9 @@ class TreeCausalLM(TreeModel):
 
     @override
     def offload_activations(self, enabled: bool) -> AbstractContextManager[None]:
-        if enabled:
-            raise ConfigError("enable_activation_offloading", "not supported for transformers' models; remove it")
-        return contextlib.nullcontext()
+        if not enabled:
+            return contextlib.nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
 
     @override
     def materialize(self, device: torch.device, parameter_device: torch.device | None = None) -> None:
@@ -238,6 +243,44 @@ class TreeCausalLM(TreeModel):
     @override
     def load_weights(self, checkpoint: Checkpoint, seed: int) -> None:
         load_weights(self, checkpoint, seed)
+
+
+def forward_flops(model: Any, sizes: TreeSizes) -> np.ndarray:
+    """See ``TreeModel.forward_flops``; of transformers' own model as well.
+
+    Args:
+        model (Any): the model.
+        sizes (TreeSizes): sizes of trees, shape ``[N]``.
+
+    Returns:
+        np.ndarray: shape ``[N]``.
+    """
+    config, layers = model.config, model.get_decoder().layers
+    last_mlp = _mlp_of(layers[-1])
+    weights = _weights_of_a_token(layers, config)
+    of_mlp = _weights_of_a_token(last_mlp, config) if isinstance(last_mlp, _MLPAtPredictors) else 0.0
+    at_predictors = of_mlp + model.get_input_embeddings().weight.numel()
+    if hasattr(config, "qk_nope_head_dim"):  # multi-head latent attention
+        head_dim = (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) / 2
+    else:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * head_dim * len(layers)
+    return (
+        2.0 * (weights - of_mlp) * sizes.num_tokens
+        + 4.0 * width * sizes.num_visible
+        + 2.0 * at_predictors * sizes.num_predictors
+    )
+
+
+def _weights_of_a_token(module: Any, config: Any) -> float:
+    """How many weights a token is multiplied with; of experts, whose matrices lie in one tensor, those of its own."""
+    matrices = [parameter for parameter in module.parameters() if parameter.dim() > 1]
+    per_token = getattr(config, "num_experts_per_tok", 1)
+    return sum(matrix.numel() * (per_token / len(matrix) if matrix.dim() == 3 else 1) for matrix in matrices)
+
+
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def materialize(model: Any, device: torch.device, parameter_device: torch.device | None = None) -> None:
@@ -285,9 +328,11 @@ def to_tree_model(
     model.config.use_cache = False
     decoder = model.get_decoder()
     decoder.__class__ = _mixed_with(_DecoderOrGiven, type(decoder))
-    mlp = _mlp_of(decoder.layers[-1])
-    if mlp is not None and not any("expert" in name or "router" in name for name, _ in mlp.named_modules()):
+    last_layer = decoder.layers[-1]
+    mlp = mlp_without_experts(last_layer)
+    if mlp is not None:
         mlp.__class__ = _mixed_with(_MLPAtPredictors, type(mlp))
+        last_layer.__class__ = _mixed_with(_LastLayer, type(last_layer))
     model.__class__ = _mixed_with(TreeCausalLM, type(model))
     tree_model = cast(TreeCausalLM, model)
     # In the forward pass, not in that of the head for every chunk.
@@ -312,6 +357,13 @@ def _mixed_with(mixin: type, cls: type) -> type:
 def _mlp_of(layer: nn.Module) -> nn.Module | None:
     mlp = getattr(layer, "mlp", None)
     return mlp if isinstance(mlp, nn.Module) else None
+
+
+def mlp_without_experts(layer: nn.Module) -> nn.Module | None:
+    """The MLP of a layer, or None if it has experts: they take all tokens."""
+    mlp = _mlp_of(layer)
+    has_experts = mlp is None or any("expert" in name or "router" in name for name, _ in mlp.named_modules())
+    return None if has_experts else mlp
 
 
 @contextlib.contextmanager
