@@ -52,6 +52,7 @@ from prefix_sharing.run.directory import find_resumed, locked_output_dir
 from prefix_sharing.run.finite import FiniteCheck
 from prefix_sharing.run.kl import estimate_kl, kl_of_step, loss_of_row
 from prefix_sharing.run.optimization import choose_seed, clip_grad_norm, seed_step
+from prefix_sharing.run.out_of_memory import out_of_memory_explained
 from prefix_sharing.run.resuming import evaluation_of, forget_later_entries, remembered, stop_run, training_checkpoints
 from prefix_sharing.run.setup import compute_dtype, log_config, self_check
 from prefix_sharing.run.signals import StopRequest, stop_signals
@@ -208,15 +209,16 @@ class PrefixDPORecipeDistributed:
                     # Gradients are added up over ranks in the backward pass of the step's last Row.
                     sync_gradients(self.model, cfg.fsdp_sync_every_row or i == len(step.rows))
                     row = row.to(self.device)
-                    with self.activations_handling:
-                        output = self.forward(self.model, row)
-                    if self.loss.needs.kl and kl is None:
-                        kl = estimate_kl([(row, output)], self.reference)
-                    loss = self.loss_of(row, output, self.reference, kl)
-                    # The mean over the step's pairs (or other terms) on all ranks, by whose number FSDP divides.
-                    (loss.losses.sum() * self.mesh.size() / step.num_terms).backward()
-                    self.finite.add(row, output, loss)
-                    metrics.add(row, output, loss)
+                    with out_of_memory_explained(cfg, self.global_step + 1, row):
+                        with self.activations_handling:
+                            output = self.forward(self.model, row)
+                        if self.loss.needs.kl and kl is None:
+                            kl = estimate_kl([(row, output)], self.reference)
+                        loss = self.loss_of(row, output, self.reference, kl)
+                        # The mean over the step's pairs (or other terms) on all ranks, by whose number FSDP divides.
+                        (loss.losses.sum() * self.mesh.size() / step.num_terms).backward()
+                        self.finite.add(row, output, loss)
+                        metrics.add(row, output, loss)
                 if kl is not None:
                     metrics.add_kl(kl)
 
@@ -224,7 +226,8 @@ class PrefixDPORecipeDistributed:
                 lr = self.optimizer.param_groups[0]["lr"]
                 is_finite = self.finite.passes(grad_norm, step, self.global_step + 1)
                 if is_finite:
-                    self.optimizer.step()
+                    with out_of_memory_explained(cfg, self.global_step + 1):
+                        self.optimizer.step()
                 else:
                     metrics.forget_step()
                 self.optimizer.zero_grad(set_to_none=True)
