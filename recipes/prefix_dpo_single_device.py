@@ -39,7 +39,7 @@ from prefix_sharing.run import (
     set_up_logging,
     summarize_run,
 )
-from prefix_sharing.run.directory import find_resumed, locked_output_dir
+from prefix_sharing.run.directory import check_room, find_resumed, locked_output_dir
 from prefix_sharing.run.kl import estimate_kl, kl_of_step, loss_of_row
 from prefix_sharing.run.optimization import FiniteCheck, choose_seed, clip_grad_norm, seed_step
 from prefix_sharing.run.resuming import evaluation_of, forget_later_entries, remembered, stop_run, training_checkpoints
@@ -86,6 +86,7 @@ class PrefixDPORecipeSingleDevice:
         self.optimizer = instantiate("optimizer", cfg.optimizer, self.model.trainable_parameters())
         self.lr_scheduler = build_lr_scheduler(cfg, self.optimizer, self.num_steps)
         self.profiler = build_profiler(cfg)
+        check_room(cfg, self.model, self.optimizer)
 
         self.checkpointer, checkpoint = load_checkpoint(
             "checkpointer", cfg.checkpointer, adapter=cfg.adapter_checkpoint
