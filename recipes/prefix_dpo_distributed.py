@@ -48,7 +48,7 @@ from prefix_sharing.run import (
     set_up_logging,
     summarize_run,
 )
-from prefix_sharing.run.directory import find_resumed, locked_output_dir
+from prefix_sharing.run.directory import check_room, find_resumed, locked_output_dir
 from prefix_sharing.run.finite import FiniteCheck
 from prefix_sharing.run.kl import estimate_kl, kl_of_step, loss_of_row
 from prefix_sharing.run.optimization import choose_seed, clip_grad_norm, seed_step
@@ -97,6 +97,7 @@ class PrefixDPORecipeDistributed:
         self.optimizer = instantiate("optimizer", cfg.optimizer, self.model.trainable_parameters())
         self.lr_scheduler = build_lr_scheduler(cfg, self.optimizer, self.num_steps)
         self.profiler = build_profiler(cfg)
+        check_room(cfg, self.model, self.optimizer)
 
         self.checkpointer, checkpoint = load_checkpoint(
             "checkpointer", cfg.checkpointer, adapter=cfg.adapter_checkpoint

@@ -4,6 +4,7 @@
     prefix-tune cp prefix_dpo_distributed my_recipe.py
     prefix-tune cat quickstart/single_device
     prefix-tune validate quickstart/single_device
+    prefix-tune verify quickstart_output
     prefix-tune run prefix_dpo_single_device --config quickstart/single_device
 
 Plain ``tune run`` runs them as well.
@@ -83,6 +84,41 @@ class ValidateAsRecipesDo(Validate):
             print(f"Config is well-formed!{still}")
 
 
+class ValidateAndVerify(ValidateAsRecipesDo):
+    """``validate``, and with it ``verify``: whether the training checkpoints of a run are what was written."""
+
+    def __init__(self, subparsers: Any) -> None:
+        super().__init__(subparsers)
+        parser = subparsers.add_parser("verify", help="Check every training checkpoint of a run against its checksums.")
+        parser.add_argument("output_dir", type=Path, help="the output_dir of a run")
+        parser.set_defaults(func=verify)
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Prints a line for each training checkpoint of a run; the exit status is 1 if one is damaged.
+
+    Args:
+        args (argparse.Namespace): with ``output_dir``.
+    """
+    from prefix_sharing.checkpoint import find_checkpoints, read_checkpoint  # which takes seconds to import
+    from prefix_sharing.run.directory import CHECKPOINTS
+
+    damaged = False
+    with readable_errors():
+        found = find_checkpoints(args.output_dir / CHECKPOINTS)
+        if not found:
+            raise UserError(f"There is no training checkpoint in {args.output_dir / CHECKPOINTS}.")
+        for directory in found:
+            try:
+                files = read_checkpoint(directory).content["files"].values()
+                size = sum(file["size"] for file in files)
+                print(f"{directory}: whole ({len(files)} files, {size / 1e6:,.1f} MB)")
+            except UserError as error:
+                damaged = True
+                print(error)
+    sys.exit(int(damaged))
+
+
 def _find_any_config(name: str) -> str:
     """The file of a config of this package or of torchtune."""
     files = {config.name: config.file_path for recipe in registry.get_all_recipes() for config in recipe.configs}
@@ -140,5 +176,5 @@ def _path_of(recipe: str) -> str:
 def main() -> None:
     """Runs ``tune`` with more recipes."""
     register()
-    tune.Validate = ValidateAsRecipesDo
+    tune.Validate = ValidateAndVerify
     tune.main()

@@ -1,7 +1,10 @@
 """A run that ended anywhere continues as if nothing had happened."""
 
+import argparse
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 import prefix_dpo_single_device
+from prefix_sharing import cli
 from prefix_sharing.checkpoint import read_checkpoint
 from prefix_sharing.errors import UserError
 from prefix_sharing.run.directory import locked_output_dir
@@ -193,6 +197,87 @@ def test_two_runs_in_one_directory_are_refused_and_a_stale_lock_is_not_one(tmp_p
     other.wait()
     with locked_output_dir(cfg):
         assert str(os.getpid()) in (tmp_path / "run.lock").read_text()
+
+
+def test_a_whole_run_directory_is_verified_by_one_command(tmp_path, whole, capsys):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+
+    def verify(directory):
+        with pytest.raises(SystemExit) as caught:
+            cli.verify(argparse.Namespace(output_dir=directory))
+        return caught.value.code, capsys.readouterr()
+
+    status, said = verify(tmp_path)
+    assert status == 0
+    assert re.fullmatch(r"(\S+/step_[68]: whole \(1 files, \d+\.\d MB\)\n){2}", said.out)
+    (shard,) = (tmp_path / "checkpoints" / "step_6").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    status, said = verify(tmp_path)
+    assert status == 1
+    assert re.search(r"step_6 is damaged: .* is not what was written\.\n.*step_8: whole", said.out)
+    status, said = verify(tmp_path / "logs")
+    assert (status, said.err) == (1, f"Error: There is no training checkpoint in {tmp_path}/logs/checkpoints.\n")
+
+
+def test_a_damaged_later_checkpoint_costs_no_whole_one(tmp_path, whole):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    later = (tmp_path / "checkpoints" / "step_8").rename(tmp_path / "checkpoints" / "step_99")
+    (later / "checkpoint.json").write_text("")
+    run_in_process(tmp_path, **KEYS | {"keep_last_n": 1}, resume="auto")
+    assert checkpoints(tmp_path) == ["step_8", "step_99"]
+    assert_same_run(tmp_path, whole)
+
+
+def test_what_a_killed_run_was_writing_is_removed_and_what_it_replaced_is_put_back(tmp_path):
+    for name in ("epoch_0.before", "epoch_1.before", "epoch_1", "epoch_1.writing", "checkpoints/step_3.writing"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").write_text(name)
+    with locked_output_dir(make_config(tmp_path)):
+        pass
+    assert sorted(path.name for path in tmp_path.glob("epoch_*")) == ["epoch_0", "epoch_1"]
+    assert (tmp_path / "epoch_0" / "file").read_text() == "epoch_0.before"
+    assert (tmp_path / "epoch_1" / "file").read_text() == "epoch_1"
+    assert not checkpoints(tmp_path)
+
+
+def test_a_finished_run_that_evaluates_in_between_keeps_its_last_evaluation(tmp_path):
+    keys = KEYS | {"run_val_every_n_steps": 4}
+    run_in_process(tmp_path, **keys)
+    after = evaluated_log_probs(tmp_path)
+    logged = [step for step, values in read_log(tmp_path) if "eval/loss" in values]
+    run_in_process(tmp_path, **keys, resume="auto")
+    assert evaluated_log_probs(tmp_path) == pytest.approx(after, rel=1e-5)
+    assert [step for step, values in read_log(tmp_path) if "eval/loss" in values] == logged == [0, 4, 8]
+
+
+@pytest.fixture
+def _small_disk():
+    """One on which no file can be larger than 6 MB: the weights fit, a training checkpoint does not."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6 * 10**6, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("_small_disk")
+def test_a_save_that_does_not_fit_says_what_it_takes(tmp_path):
+    message = (
+        r"step_3\.writing could not be written \(\[Errno 27\] File too large\); it takes \d+\.\d MB, and .* are free "
+        r"there\. The checkpoints before it are whole; resume=auto continues from the last one\."
+    )
+    with pytest.raises(UserError, match=message):
+        run_in_process(tmp_path, **KEYS)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_too_little_room_is_found_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**7, 10**7))
+    message = (
+        r"'output_dir': .* has 10\.0 MB free, but a training checkpoint takes 12\.\d MB and the trained model 4\.\d MB;"
+    )
+    with pytest.raises(UserError, match=message):
+        run_in_process(tmp_path, **KEYS)
+    assert not list(tmp_path.glob("logs/*"))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from prefix_sharing.checkpoint.state import (
 from prefix_sharing.checkpoint.training import (
     TrainingCheckpoint,
     TrainingCheckpoints,
+    find_checkpoints,
     load_checkpoint_into,
     newest_checkpoint,
     read_checkpoint,
@@ -20,6 +21,7 @@ __all__ = [
     "TrainingCheckpoint",
     "TrainingCheckpoints",
     "complete_directory",
+    "find_checkpoints",
     "full_weights",
     "load_checkpoint_into",
     "newest_checkpoint",

@@ -97,8 +97,13 @@ def complete_directory(directory: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         if is_rank_zero():
             shutil.rmtree(unfinished, ignore_errors=True)
-        free = shutil.disk_usage(directory.parent).free / 1e9
-        raise UserError(f"{directory} could not be written ({error}); {free:.1f} GB are free there.") from error
+        free = readable_size(shutil.disk_usage(directory.parent).free)
+        raise UserError(f"{directory} could not be written ({error}); {free} are free there.") from error
+
+
+def readable_size(size: int) -> str:
+    """A number of bytes as people say it."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def remove_unfinished(parent: Path) -> None:

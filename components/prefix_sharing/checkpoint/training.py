@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from prefix_sharing.checkpoint.state import readable_size
 from prefix_sharing.distributed import broadcast_object, is_rank_zero, sum_over_ranks, this_rank
 from prefix_sharing.distributed.ranks import all_gather_objects
 from prefix_sharing.errors import UserError
@@ -74,6 +75,7 @@ class _Pending:
     written: Future
     directory: Path
     content: dict[str, Any]
+    size: int
 
 
 class TrainingCheckpoints:
@@ -132,7 +134,8 @@ class TrainingCheckpoints:
             raise UserError(f"The state of optimizer or schedule cannot be saved: {error}.") from error
         writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
         written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-        self._pending = _Pending(cast(Future, written), directory, content)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        self._pending = _Pending(cast(Future, written), directory, content, size)
 
     def poll(self) -> None:
         """Gives the checkpoint that is being written its name, if every rank has written its part."""
@@ -155,14 +158,14 @@ class TrainingCheckpoints:
             mine = sorted(pending.directory.glob(f"shard-{this_rank().rank + 1:05}-*"))
             files = {file.name: _described(file) for file in mine}
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
-            problem = _could_not_be_written(pending.directory, error)
+            problem = _could_not_be_written(pending, error)
         found = all_gather_objects((files, problem))
         problems = [problem for _, problem in found if problem is not None]
         if not problems and is_rank_zero():
             try:
                 self._make_visible(pending, {name: about for files, _ in found for name, about in files.items()})
             except OSError as error:
-                problems = [_could_not_be_written(pending.directory, error)]
+                problems = [_could_not_be_written(pending, error)]
         problem = broadcast_object(problems[0] if problems else None)
         if problem is not None:
             if is_rank_zero():
@@ -177,9 +180,22 @@ class TrainingCheckpoints:
         pending.directory.rename(directory)
         log.info("Training state saved to %s", directory)
         # Later ones, which are damaged or another run's, are not what this run would continue from.
-        own = [found for found in _directories(self._directory) if _step_of(found) <= content["step"]]
+        own = [found for found in find_checkpoints(self._directory) if _step_of(found) <= content["step"]]
         for older in own[: -self._keep_last_n]:
             shutil.rmtree(older, ignore_errors=True)
+
+
+def find_checkpoints(directory: Path) -> list[Path]:
+    """Those that have their name, whole or damaged.
+
+    Args:
+        directory (Path): where a run writes them.
+
+    Returns:
+        list[Path]: oldest first.
+    """
+    found = [path for path in directory.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(found, key=_step_of)
 
 
 def newest_checkpoint(directory: Path, run_id: str | None) -> TrainingCheckpoint | None:
@@ -192,7 +208,7 @@ def newest_checkpoint(directory: Path, run_id: str | None) -> TrainingCheckpoint
     Returns:
         TrainingCheckpoint | None: None if there is none.
     """
-    for candidate in reversed(broadcast_object(_directories(directory))):
+    for candidate in reversed(broadcast_object(find_checkpoints(directory))):
         try:
             found = read_checkpoint(candidate)
         except UserError as error:
@@ -282,9 +298,15 @@ def _part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _could_not_be_written(directory: Path, error: BaseException) -> str:
-    free = shutil.disk_usage(directory.parent).free / 1e9
-    return f"{directory} could not be written ({' '.join(str(error).split())[-300:]}); {free:.1f} GB are free there"
+def _could_not_be_written(pending: _Pending, error: BaseException) -> str:
+    # What the file system said is at the end of what torch says, whose exceptions hold those of the ranks.
+    reason = " ".join(str(error).split())[-300:]
+    found = re.findall(r"\[Errno \d+\] [\w ]+|No space left on device", reason)
+    free = readable_size(shutil.disk_usage(pending.directory.parent).free)
+    return (
+        f"{pending.directory} could not be written ({found[-1] if found else reason}); it takes "
+        f"{readable_size(pending.size)}, and {free} are free there"
+    )
 
 
 def _described(file: Path) -> dict[str, Any]:
@@ -293,12 +315,6 @@ def _described(file: Path) -> dict[str, Any]:
         while block := stream.read(2**24):
             digest.update(block)
     return {"size": file.stat().st_size, "xxh3": digest.hexdigest()}
-
-
-def _directories(directory: Path) -> list[Path]:
-    """Those of checkpoints that have their name, oldest first."""
-    found = [path for path in directory.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return sorted(found, key=_step_of)
 
 
 def _step_of(directory: Path) -> int:

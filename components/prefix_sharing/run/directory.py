@@ -10,11 +10,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
+from torch.optim import Optimizer
 
 from prefix_sharing.checkpoint import TrainingCheckpoint, newest_checkpoint, read_checkpoint, remove_unfinished
+from prefix_sharing.checkpoint.state import readable_size
 from prefix_sharing.distributed import broadcast_object, is_rank_zero
 from prefix_sharing.errors import ConfigError
+from prefix_sharing.hosts import TreeModel
 
 CHECKPOINTS = "checkpoints"
 """Where training checkpoints are, below ``output_dir``."""
@@ -82,6 +86,32 @@ def find_resumed(cfg: DictConfig) -> TrainingCheckpoint | None:
     if Path(cfg.resume).resolve().parent != directory.resolve():
         _make_room(cfg, directory)
     return read_checkpoint(Path(cfg.resume))
+
+
+def check_room(cfg: DictConfig, model: TreeModel, optimizer: Optimizer) -> None:
+    """Refuses a run that could not save what it is for: one training checkpoint and the model; a collective.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        model (TreeModel): the model.
+        optimizer (Optimizer): its optimizer; of Adam's kind the state is counted, of others the weights alone.
+
+    Raises:
+        ConfigError: if there is clearly too little room.
+    """
+    everything = 4 * sum(parameter.numel() for parameter in model.parameters())
+    trained = 4 * sum(parameter.numel() for parameter in model.trainable_parameters())
+    checkpoint = trained * (3 if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) else 1)
+    exported = trained if model.has_adapter and cfg.save_adapter_weights_only else everything
+    if cfg.checkpointer.get("save_dtype") == "bf16":
+        exported //= 2
+    free = broadcast_object(shutil.disk_usage(cfg.output_dir).free if is_rank_zero() else 0)
+    if checkpoint + exported > free:
+        problem = (
+            f"{cfg.output_dir} has {readable_size(free)} free, but a training checkpoint takes "
+            f"{readable_size(checkpoint)} and the trained model {readable_size(exported)}; choose another disk"
+        )
+        raise ConfigError("output_dir", problem)
 
 
 def run_id(cfg: DictConfig, resumed: TrainingCheckpoint | None) -> str:
