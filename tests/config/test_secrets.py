@@ -3,7 +3,8 @@
 import pytest
 from omegaconf import OmegaConf
 
-from prefix_sharing.config import find_config, without_secrets
+from prefix_sharing.config import find_config
+from prefix_sharing.config.secrets import without_secrets
 from prefix_sharing.run.setup import log_config
 
 

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 """
 """The distributed recipe, but of whose ranks none is waited for long."""
 
-KEYS = SHORT | {"epochs": 50, "dataset_val": None, "seed": 0, "self_check": False}
+KEYS = SHORT | {"num_workers": 1, "epochs": 50, "dataset_val": None, "seed": 0, "self_check": False}
 
 
 def ranks_of(launcher):

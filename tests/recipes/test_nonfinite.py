@@ -19,7 +19,7 @@ def diverging(*at_calls, **arguments):
 
 
 def test_a_run_that_diverges_stops_and_names_step_and_examples(tmp_path):
-    recipe = make_recipe(tmp_path, **{"optimizer.lr": 1e30, "lr_scheduler": None, "dataset_val": None})
+    recipe = make_recipe(tmp_path, **{"optimizer.lr": 1e18, "lr_scheduler": None, "dataset_val": None})
     recipe.setup()
     with pytest.raises(UserError, match="Training diverged at step 2: the loss is not finite. Its examples are record"):
         recipe.train(StopRequest())
@@ -80,7 +80,7 @@ def test_a_step_is_left_out_as_if_it_had_not_been(tmp_path, caplog):
     assert "grad_norm" not in entries[3]
     assert all(math.isfinite(value) for metrics in entries.values() for value in metrics.values())
     assert all("loss" in entries[i] for i in (1, 2, 4, 5, 6))
-    (line,) = caplog.messages
+    (line,) = (message for message in caplog.messages if message.startswith("Step "))
     assert line.startswith("Step 3 is left out: the loss is not finite. Its examples are record ")
     assert "(log-probs -" in line
 

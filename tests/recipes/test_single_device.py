@@ -158,7 +158,7 @@ def test_curves_are_of_one_run(tmp_path, monkeypatch):
     run_in_process(tmp_path, max_steps_per_epoch=3, dataset_val=None)
     drawn = []
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
-    run_in_process(tmp_path, max_steps_per_epoch=2, dataset_val=None)
+    run_in_process(tmp_path, max_steps_per_epoch=2, dataset_val=None, overwrite_output_dir=True)
     (line,) = drawn[0].axes[0].lines
     assert line.get_xdata().tolist() == [1, 2]
 
@@ -212,7 +212,7 @@ def test_the_last_line_says_what_became_of_the_accuracy(tmp_path, caplog):
     assert f"checkpoint saved to {tmp_path / 'epoch_0'}" in line
     before, after = (metrics["eval/rewards/accuracies"] for metrics in eval_log(tmp_path))
     assert line.endswith(f"held-out accuracy {before:.3f} -> {after:.3f}.")
-    assert recipe.epochs_run == 1
+    assert recipe.global_step == 4
 
 
 def test_the_seed_that_was_drawn_is_in_the_saved_config(tmp_path):

@@ -21,7 +21,7 @@ OVERRIDES = as_overrides(SHORT)
 @pytest.mark.parametrize(("recipe", "processes"), [(prefix_dpo_single_device, 1), (prefix_dpo_distributed, 2)])
 def test_a_copied_and_changed_recipe_runs_from_its_own_directory(tmp_path, recipe, processes):
     source = Path(recipe.__file__).read_text()
-    changed = source.replace('"grad_norm": grad_norm.item()', '"grad_norm": grad_norm.item(), "mine": 7')
+    changed = source.replace('"grad_norm"] = grad_norm.item()', '"grad_norm"], values["mine"] = grad_norm.item(), 7')
     assert changed != source
     (tmp_path / "my_recipe.py").write_text(changed)
     name = "quickstart/single_device" if processes == 1 else "quickstart/distributed"

@@ -12,6 +12,7 @@ from prefix_dpo_distributed import PrefixDPORecipeDistributed
 from prefix_sharing.config import DistributedConfig, check_config
 from prefix_sharing.distributed import process_group
 from prefix_sharing.run import set_up_device
+from prefix_sharing.run.signals import StopRequest
 
 
 def main(files):
@@ -21,7 +22,7 @@ def main(files):
             cfg = check_config(OmegaConf.load(file), DistributedConfig)
             recipe = PrefixDPORecipeDistributed(cfg, set_up_device(cfg))
             recipe.setup()
-            recipe.train()
+            recipe.train(StopRequest())
             recipe.cleanup()
 
 
