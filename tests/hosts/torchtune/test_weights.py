@@ -66,3 +66,18 @@ def test_files_outside_of_the_checkpoints_directory_are_refused(tmp_path, file):
     node["checkpoint_files"] = {"filename_format": file, "max_filename": "00002"}
     with pytest.raises(UserError, match="is not in checkpoint_dir"):
         load_checkpoint("checkpointer", OmegaConf.create(node))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda name, tensor: tensor.to(torch.int8), "tok_embeddings.weight of the checkpoint holds int8 numbers"),
+        (lambda name, tensor: tensor.index_fill(0, torch.tensor(0), torch.nan), "holds numbers that are not finite"),
+        (lambda name, tensor: tensor.index_fill(0, torch.tensor(0), torch.inf), "holds numbers that are not finite"),
+        (lambda name, tensor: torch.zeros_like(tensor), "every weight of the checkpoint is 0; its files were not"),
+    ],
+)
+def test_weights_that_no_model_was_trained_to_have_are_refused(change, problem):
+    weights = {name: change(name, tensor) for name, tensor in llama3_2(**DIMS).state_dict().items()}
+    with pytest.raises(UserError, match=problem):
+        model_without_weights().load_weights(Checkpoint(weights), seed=0)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
@@ -117,6 +118,25 @@ def test_the_index_decides_which_files_are_read(tmp_path, monkeypatch):
     sorted(tmp_path.glob("model-00001*"))[0].unlink()
     with pytest.raises(UserError, match=r"model-00001-of-\d+.safetensors not found, which .*index.json names"):
         WeightFiles(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            lambda name, tensor: tensor.to(torch.int8),
+            r"weight of the checkpoint holds I8 numbers; quantized weights can",
+        ),
+        (lambda name, tensor: torch.full_like(tensor, torch.nan), "holds numbers that are not finite"),
+        (lambda name, tensor: torch.zeros_like(tensor), "every weight of the checkpoint is 0"),
+    ],
+)
+def test_weights_that_no_model_was_trained_to_have_are_refused(tmp_path, change, problem):
+    model = model_of(make_directory(tmp_path / "model"))
+    changed = {name: change(name, tensor) for name, tensor in load_file(tmp_path / "model/model.safetensors").items()}
+    save_file(changed, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=problem):
+        read_into(tensors_of(model), WeightFiles(tmp_path / "model"), model.config)
 
 
 def test_damaged_files_are_one_sentence(tmp_path):

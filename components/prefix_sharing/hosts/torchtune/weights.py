@@ -15,7 +15,7 @@ from prefix_sharing.checkpoint import Checkpoint, complete_directory, full_weigh
 from prefix_sharing.config import explained, instantiate
 from prefix_sharing.distributed import is_rank_zero, wait_for_all_ranks
 from prefix_sharing.errors import ConfigError, UserError
-from prefix_sharing.hosts.fitting import check_tensors_fit
+from prefix_sharing.hosts.fitting import check_not_all_zero, check_tensors_fit, check_values
 from prefix_sharing.hosts.torchtune.adapters import (
     adapter_to_save,
     correct_peft_file,
@@ -131,6 +131,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, seed: int) -> None:
             shapes = {name: tensor.shape for name, tensor in expected.items() if is_adapter_key(name)}
             state_dict |= initial_adapter(shapes, state_dict, seed)
         check_tensors_fit(expected, state_dict, "model and checkpointer")
+        check_values(state_dict)
+        check_not_all_zero(checkpoint.weights)
     # What is quantized cannot be sharded by torch.distributed.checkpoint.
     strict = not (dist.is_initialized() and load_quantized(model, state_dict))
     set_full_weights(model, state_dict, strict=strict)

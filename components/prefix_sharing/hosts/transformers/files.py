@@ -27,8 +27,8 @@ from transformers.utils import logging
 
 from prefix_sharing.distributed import is_rank_zero, local_part
 from prefix_sharing.distributed.sharding import gathered_on_rank_zero
-from prefix_sharing.errors import UserError
-from prefix_sharing.hosts.fitting import check_tensors_fit
+from prefix_sharing.errors import ConfigError, UserError
+from prefix_sharing.hosts.fitting import check_not_all_zero, check_tensors_fit, check_values
 
 _SINGLE_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
@@ -179,11 +179,15 @@ def read_into(tensors: Mapping[str, torch.Tensor], files: WeightFiles, config: A
     layers = [list(names) for _, names in itertools.groupby(sorted(slices, key=_layer_of), _layer_of)]
     for names in tqdm(layers, desc="Loading weights", unit="layer", disable=not is_rank_zero()):
         info = _load(holder, {name: slices[name] for name in names}, torch.device("cpu"))
+        read = wanted - info.missing_keys
         with torch.no_grad():
-            for name in wanted - info.missing_keys:
-                local_part(tensors[name]).copy_(local_part(holder.get_parameter_or_buffer(name)))
+            values = {name: local_part(holder.get_parameter_or_buffer(name)) for name in read}
+            check_values({name: value for name, value in values.items() if value.is_floating_point()})
+            for name in read:
+                local_part(tensors[name]).copy_(values[name])
                 _put(holder, name, tensors[name])  # and forget what was read
         wanted &= info.missing_keys
+    check_not_all_zero({name: local_part(tensor).detach() for name, tensor in tensors.items()})
     if wanted:
         raise UserError(
             f"transformers needs more than a layer at a time to make {min(wanted)} of what is in the files."
@@ -201,6 +205,10 @@ def _put(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
 
 def _check_fit(slices: Mapping[str, Any], config: Any) -> set[str]:
     """What the files have for the model, by name; found without reading them, on every rank, so that all would stop."""
+    for name, part in slices.items():
+        if name.endswith("weight") and part.get_dtype()[0] not in "FB":  # F32, BF16 and so on
+            problem = f"{name} of the checkpoint holds {part.get_dtype()} numbers; quantized weights cannot be trained"
+            raise ConfigError("path", problem)
     shapes = {name: torch.empty(part.get_shape(), device="meta") for name, part in slices.items()}
     model = _without_memory(config)
     info = _load(model, shapes, torch.device("meta"))
