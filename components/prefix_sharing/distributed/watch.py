@@ -33,6 +33,7 @@ class Watch:
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank = rank
         self._unchanged = [0] * world_size
+        self._count = 0
         self._ended = threading.Event()
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         self._store = dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -50,22 +51,24 @@ class Watch:
 
     def silent(self) -> list[int]:
         """The ranks that do not count any more; takes a few seconds."""
-        time.sleep(3 * _SECONDS)
+        until = self._count + 4
+        while self._thread.is_alive() and self._count < until:
+            time.sleep(_SECONDS / 4)
         return [rank for rank, unchanged in enumerate(self._unchanged) if unchanged >= 2]
 
     def _run(self) -> None:
         ranks = [str(rank) for rank in range(len(self._unchanged))]
-        seen, count = [b""] * len(ranks), 0
+        seen = [b""] * len(ranks)
         while not self._ended.wait(_SECONDS):
-            count += 1
             try:
-                self._store.set(str(self._rank), str(count))
+                self._store.set(str(self._rank), str(self._count + 1))
                 found = self._store.multi_get(ranks)
             except RuntimeError:  # the launcher has ended, which ends the ranks in another way
                 return
             for rank, (before, now) in enumerate(zip(seen, found, strict=True)):
                 self._unchanged[rank] = self._unchanged[rank] + 1 if before == now else 0
             seen = found
+            self._count += 1
             gone = [rank for rank, unchanged in enumerate(self._unchanged) if unchanged >= _PATIENCE]
             if gone and self._rank == min({*range(len(ranks))} - {*gone}):
                 print(f"Error: {describe(gone)}", file=sys.stderr, flush=True)
