@@ -90,6 +90,15 @@ def test_what_is_no_decoder_of_text_is_refused(tmp_path, kind):
         causal_lm(str(tmp_path))
 
 
+def test_quantized_weights_are_refused(tmp_path):
+    path = make_directory(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has quantized weights, which cannot be trained; give the model they were"):
+        causal_lm(path)
+
+
 def test_files_that_do_not_fit_are_refused_by_the_first_tensor(tmp_path):
     model = model_of(make_directory(tmp_path / "model"))
     for kwargs, message in (

@@ -81,6 +81,8 @@ def read_config(path: str) -> Any:
         config = AutoConfig.from_pretrained(directory).get_text_config(decoder=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no model of transformers: {' '.join(str(error).split())[:300]}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{path} has quantized weights, which cannot be trained; give the model they were made of.")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{path} is no decoder of text: transformers has no {config.model_type} ...ForCausalLM.")
     return config
