@@ -44,7 +44,7 @@ from prefix_sharing.run.finite import FiniteCheck
 from prefix_sharing.run.kl import estimate_kl, kl_of_step, loss_of_row
 from prefix_sharing.run.optimization import choose_seed, clip_grad_norm, seed_step
 from prefix_sharing.run.out_of_memory import out_of_memory_explained
-from prefix_sharing.run.resuming import evaluation_of, forget_later_entries, remembered, stop_run, training_checkpoints
+from prefix_sharing.run.resuming import forget_later_entries, recall, remembered, stop_run, training_checkpoints
 from prefix_sharing.run.setup import compute_dtype, log_config, self_check
 from prefix_sharing.run.signals import StopRequest, stop_signals
 from prefix_sharing.scoring import ResponseLogProbs
@@ -148,12 +148,7 @@ class PrefixDPORecipeSingleDevice:
 
     def save_state(self, metrics: StepMetrics) -> None:
         """Begins to save all that it takes to continue from this step."""
-        values = {
-            "seed": self.seed,
-            "metrics": metrics.state_dict(),
-            "finite": self.finite.state_dict(),
-            "before": remembered(self.before),
-        }
+        values = remembered(self.seed, metrics, self.finite, self.before)
         self.training_checkpoints.save(self.global_step, self.model, self.optimizer, self.lr_scheduler, values)
 
     def train(self, stop: StopRequest) -> None:
@@ -163,14 +158,13 @@ class PrefixDPORecipeSingleDevice:
             stop (StopRequest): whether to stop after a step.
         """
         cfg = self.cfg
-        self.before = self.evaluate() if self.resumed is None else evaluation_of(self.resumed.values["before"])
-        after, evaluated_at = self.before, 0
         forward = functools.partial(self.forward, self.model)
-        metrics = StepMetrics(self.device, self.loss.mean_over)
         self.finite = FiniteCheck(cfg, self.dataset, self.device)
+        self.before = self.evaluate() if self.resumed is None else None
+        metrics = StepMetrics(self.device, self.loss.mean_over)
         if self.resumed is not None:
-            metrics.load_state_dict(self.resumed.values["metrics"])
-            self.finite.load_state_dict(self.resumed.values["finite"])
+            self.before = recall(self.resumed.values, metrics, self.finite)
+        after, evaluated_at = self.before, 0
         self.profiler.start()
         for epoch in range(self.global_step // self.plan.steps_per_epoch, cfg.epochs):
             first_step = self.global_step % self.plan.steps_per_epoch

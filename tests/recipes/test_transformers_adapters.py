@@ -7,13 +7,11 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.24")
 peft = pytest.importorskip("peft")
 
-from directories import DIMS, keys_for, make_directory  # noqa: E402
+from directories import DIMS, EXPERTS, keys_for, make_directory  # noqa: E402
 from prefix_sharing.errors import UserError  # noqa: E402
 from prefix_sharing.hosts.transformers import lora_causal_lm  # noqa: E402
 from prefix_sharing.hosts.transformers.adapters import merged_weight  # noqa: E402
 from runs import evaluated_log_probs, losses, run_in_process, transformers_log_probs, went_only_to  # noqa: E402
-
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 def lora_keys(path, output_dir, save_adapter_weights_only=True, adapter_checkpoint=None, **kwargs):

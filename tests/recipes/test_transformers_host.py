@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
-from directories import keys_for, make_directory  # noqa: E402
+from directories import EXPERTS, keys_for, make_directory  # noqa: E402
 from prefix_dpo_answers import AnswersConfig, PrefixDPOAnswers, split_at_answer  # noqa: E402
 from prefix_sharing.config import DistributedConfig, find_config  # noqa: E402
 from prefix_sharing.errors import UserError  # noqa: E402
@@ -35,7 +35,7 @@ from runs import (  # noqa: E402
     ids=["qwen3", "tied", "gemma2", "moe"],
 )
 def test_what_is_written_is_what_was_trained(tmp_path, name, kwargs):
-    more = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32} if name == "qwen3_moe" else {}
+    more = EXPERTS if name == "qwen3_moe" else {}
     path = make_directory(tmp_path / "model", name, dtype=torch.bfloat16, **kwargs, **more)
     run = run_in_process(tmp_path / "out", **keys_for(path, tmp_path / "out"))
     found = losses(tmp_path / "out")
@@ -93,8 +93,7 @@ def test_how_a_step_is_computed_changes_nothing(tmp_path, keys):
 
 
 def test_the_loss_of_routers_is_part_of_the_loss_and_logged(tmp_path):
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    path = make_directory(tmp_path / "model", "qwen3_moe", **experts)
+    path = make_directory(tmp_path / "model", "qwen3_moe", **EXPERTS)
     found = []
     for checkpointing in (False, True):
         out = tmp_path / str(checkpointing)
@@ -191,11 +190,10 @@ def test_two_processes_follow_one(tmp_path, adapter):
 
 
 # Four processes at once: what is different from one process is each time another thing.
-EXPERTS = {"name": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ON_FOUR = {
     "four_shards": ({}, {}),
     "two_copies_of_two_shards": ({}, {"data_parallel_replicate_dim": 2}),
-    "experts": (EXPERTS, {"fsdp_sync_every_row": True}),
+    "experts": ({"name": "qwen3_moe", **EXPERTS}, {"fsdp_sync_every_row": True}),
     "recomputed": ({"tie_word_embeddings": True}, {"enable_activation_checkpointing": True, "ac_mode": "selective"}),
 }
 

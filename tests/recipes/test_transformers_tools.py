@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
-from directories import DIMS, keys_for  # noqa: E402
+from directories import DIMS, EXPERTS, keys_for  # noqa: E402
 from prefix_dpo_benchmark import BenchmarkConfig, PrefixDPOBenchmark  # noqa: E402
 from prefix_dpo_memory import MemoryConfig, PrefixDPOMemory  # noqa: E402
 from prefix_dpo_stats import PrefixDPOStats, StatsConfig  # noqa: E402
@@ -20,8 +20,6 @@ from prefix_sharing.memory.estimate import full_row, peak_memory_estimate  # noq
 from prefix_sharing.quickstart.checkpointer import TOKENIZER_DIR  # noqa: E402
 from prefix_sharing.run import build_model  # noqa: E402
 from runs import make_config, transformers_log_probs  # noqa: E402
-
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 def config_alone(path, name="qwen3", **kwargs):

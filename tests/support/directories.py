@@ -19,6 +19,9 @@ DIMS = {
 }
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
 def make_directory(path, name="qwen3", dtype=torch.float32, **kwargs):
     import transformers
 

@@ -19,6 +19,11 @@ from prefix_sharing.errors import UserError
 
 log = logging.getLogger(__name__)
 
+UNFINISHED = ".writing"
+"""What the name of a directory ends with until all of it is written."""
+
+_BEFORE = ".before"
+
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
@@ -78,7 +83,7 @@ def complete_directory(directory: Path) -> Iterator[Path]:
     Raises:
         UserError: if it cannot be written.
     """
-    unfinished, before = (directory.with_name(f"{directory.name}.{what}") for what in ("writing", "before"))
+    unfinished, before = (directory.with_name(f"{directory.name}{end}") for end in (UNFINISHED, _BEFORE))
     try:
         if is_rank_zero():
             for left_over in (unfinished, before):
@@ -112,9 +117,9 @@ def remove_unfinished(parent: Path) -> None:
     Args:
         parent (Path): where they are; nobody else may be writing there.
     """
-    for unfinished in parent.glob("*.writing"):
+    for unfinished in parent.glob(f"*{UNFINISHED}"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    for before in parent.glob("*.before"):
+    for before in parent.glob(f"*{_BEFORE}"):
         if before.with_suffix("").exists():
             shutil.rmtree(before, ignore_errors=True)
         else:

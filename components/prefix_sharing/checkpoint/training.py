@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from prefix_sharing.checkpoint.state import readable_size
+from prefix_sharing.checkpoint.state import UNFINISHED, readable_size
 from prefix_sharing.distributed import broadcast_object, is_rank_zero, sum_over_ranks, this_rank
 from prefix_sharing.distributed.ranks import all_gather_objects
 from prefix_sharing.errors import UserError
@@ -45,8 +45,6 @@ log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 _ABOUT = "checkpoint.json"
-
-_UNFINISHED = ".writing"
 
 _TRAINED = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
 
@@ -116,7 +114,7 @@ class TrainingCheckpoints:
             UserError: if the one before could not be written.
         """
         self.wait()
-        directory = self._directory / f"step_{step}{_UNFINISHED}"
+        directory = self._directory / f"step_{step}{UNFINISHED}"
         if is_rank_zero():
             shutil.rmtree(directory, ignore_errors=True)
         tensors, others = _apart(_state(model, optimizer))

@@ -12,13 +12,7 @@ from prefix_sharing.distributed.ranks import (
     this_rank,
     wait_for_all_ranks,
 )
-from prefix_sharing.distributed.sharding import (
-    device_mesh,
-    local_part,
-    reshard,
-    shard,
-    sync_gradients,
-)
+from prefix_sharing.distributed.sharding import device_mesh, local_part, reshard, shard, sync_gradients
 
 __all__ = [
     "Ranks",

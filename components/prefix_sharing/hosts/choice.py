@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -12,6 +13,7 @@ from torchtune.training import set_default_dtype
 from prefix_sharing.attention import AttentionBackend
 from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.config import component_name, instantiate
+from prefix_sharing.errors import ConfigError
 from prefix_sharing.hosts import torchtune
 from prefix_sharing.hosts.tree_model import TreeModel
 
@@ -31,11 +33,7 @@ def build_answer_model(node: DictConfig, device: torch.device, dtype: torch.dtyp
     """
     with torch.device("meta"), set_default_dtype(dtype):
         model = instantiate("model", node)
-    if _is_of_transformers(model):
-        from prefix_sharing.hosts import transformers
-
-        return transformers.AnswerModel(model, device, dtype)
-    return torchtune.AnswerModel(model, device, dtype)
+    return _host_of(model).AnswerModel(model, device, dtype)
 
 
 def check_arithmetic(node: DictConfig, *, gradients: bool) -> None:
@@ -50,14 +48,13 @@ def check_arithmetic(node: DictConfig, *, gradients: bool) -> None:
     """
     with torch.device("meta"):
         model = instantiate("model", node)
-    if _is_of_transformers(model):
-        from prefix_sharing.hosts import transformers
-
-        name = cast(Any, model).config.model_type
-        differences = transformers.check_arithmetic(model, gradients=gradients)
-    else:
+    host = _host_of(model)
+    if host is torchtune:
         name = component_name(node)
         differences = torchtune.check_arithmetic(name, model, gradients=gradients)
+    else:
+        name = model.config.model_type
+        differences = host.check_arithmetic(model, gradients=gradients)
     log.info("Self-check of %s: a tree and separate sequences differ by %s", name, differences)
 
 
@@ -71,11 +68,7 @@ def paired_model(model: nn.Module, beta: float) -> torchtune.PairedModel:
     Returns:
         torchtune.PairedModel: or that of another host.
     """
-    if _is_of_transformers(model):
-        from prefix_sharing.hosts import transformers
-
-        return transformers.PairedModel(model, beta)
-    return torchtune.PairedModel(model, beta)
+    return _host_of(model).PairedModel(model, beta)
 
 
 def to_tree_model(
@@ -96,11 +89,7 @@ def to_tree_model(
     Raises:
         ConfigError: if the model has parts whose arithmetic tree attention does not cover.
     """
-    if _is_of_transformers(model):
-        from prefix_sharing.hosts import transformers  # the library takes seconds to import
-
-        return transformers.to_tree_model(cast(Any, model), attention_backend, kernel_options)
-    return torchtune.to_tree_model(model, attention_backend, kernel_options)
+    return _host_of(model).to_tree_model(model, attention_backend, kernel_options)
 
 
 def load_checkpoint(key: str, node: DictConfig, *, adapter: str | None = None) -> tuple[Any, Checkpoint]:
@@ -118,7 +107,7 @@ def load_checkpoint(key: str, node: DictConfig, *, adapter: str | None = None) -
     Raises:
         UserError: if there is no such checkpoint.
     """
-    return _host_of(node).load_checkpoint(key, node, adapter=adapter)
+    return _host_of_checkpointer(node).load_checkpoint(key, node, adapter=adapter)
 
 
 def load_trained_checkpoint(key: str, node: DictConfig, epoch: int) -> Checkpoint:
@@ -135,7 +124,10 @@ def load_trained_checkpoint(key: str, node: DictConfig, epoch: int) -> Checkpoin
     Raises:
         UserError: if there is nothing.
     """
-    return _host_of(node).load_trained_checkpoint(key, node, epoch)
+    epoch_dir = Path(node.output_dir) / f"epoch_{epoch}"
+    if not epoch_dir.is_dir():
+        raise ConfigError(f"{key}.output_dir", f"{epoch_dir} not found; train with this config first")
+    return _host_of_checkpointer(node).load_trained_checkpoint(key, node, epoch_dir)
 
 
 def save_checkpoint(checkpointer: Any, model: TreeModel, *, epoch: int, cfg: DictConfig) -> None:
@@ -147,17 +139,21 @@ def save_checkpoint(checkpointer: Any, model: TreeModel, *, epoch: int, cfg: Dic
         epoch (int): the epoch that is finished, from 0.
         cfg (DictConfig): the run's config.
     """
-    _host_of(cfg.checkpointer).save_checkpoint(checkpointer, model, epoch=epoch, cfg=cfg)
+    _host_of_checkpointer(cfg.checkpointer).save_checkpoint(checkpointer, model, epoch=epoch, cfg=cfg)
 
 
-def _host_of(node: DictConfig) -> Any:
-    """The host whose checkpointer it is."""
-    if str(node._component_).startswith("prefix_sharing.hosts.transformers."):
-        from prefix_sharing.hosts import transformers
+def _host_of(model: nn.Module) -> Any:
+    return _host(type(model).__module__.partition(".")[0] == "transformers")
+
+
+def _host_of_checkpointer(node: DictConfig) -> Any:
+    return _host(str(node._component_).startswith("prefix_sharing.hosts.transformers."))
+
+
+def _host(is_of_transformers: bool) -> Any:
+    """The room of a host."""
+    if is_of_transformers:
+        from prefix_sharing.hosts import transformers  # the library takes seconds to import
 
         return transformers
     return torchtune
-
-
-def _is_of_transformers(model: nn.Module) -> bool:
-    return type(model).__module__.partition(".")[0] == "transformers"

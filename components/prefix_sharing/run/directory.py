@@ -14,7 +14,13 @@ import torch
 from omegaconf import DictConfig
 from torch.optim import Optimizer
 
-from prefix_sharing.checkpoint import TrainingCheckpoint, newest_checkpoint, read_checkpoint, remove_unfinished
+from prefix_sharing.checkpoint import (
+    TrainingCheckpoint,
+    find_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    remove_unfinished,
+)
 from prefix_sharing.checkpoint.state import readable_size
 from prefix_sharing.distributed import broadcast_object, is_rank_zero
 from prefix_sharing.errors import ConfigError
@@ -141,7 +147,7 @@ def _run_id(cfg: DictConfig) -> str | None:
 
 def _make_room(cfg: DictConfig, directory: Path) -> None:
     """Refuses to write over another run, unless told to."""
-    found = sorted(path.name for path in directory.glob("step_*[0-9]")) if is_rank_zero() else []
+    found = find_checkpoints(directory) if is_rank_zero() else []
     if found and cfg.overwrite_output_dir:
         shutil.rmtree(directory)
     if broadcast_object(bool(found) and not cfg.overwrite_output_dir):

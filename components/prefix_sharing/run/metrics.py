@@ -49,7 +49,7 @@ class StepMetrics:
     def begin_step(self) -> None:
         """Marks where ``forget_step`` goes back to."""
         counts = (self._num_terms, self._num_examples, self._num_tokens, self._paired_tokens)
-        self._before = ({name: total.clone() for name, total in self._sums.items()}, list(self._kl), counts)
+        self._before = (dict(self._sums), list(self._kl), counts)  # sums are replaced, never changed
 
     def forget_step(self) -> None:
         """Takes back what was added since ``begin_step``."""
@@ -76,12 +76,12 @@ class StepMetrics:
             accuracies = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
         values = (loss.losses, chosen, log_probs[0], rejected, log_probs[1], accuracies)
         for name, of_row in zip(("loss", *_OF_CHOSEN, *_OF_REJECTED, *_OF_PAIRS), values, strict=True):
-            self._sums[name] += of_row.detach().double().sum()
+            self._sums[name] = self._sums[name] + of_row.detach().double().sum()
         for name, count in zip(("num_chosen", "num_rejected", "num_pairs"), counts, strict=True):
-            self._sums[name] += count
+            self._sums[name] = self._sums[name] + count
         num_terms = row.num_terms(self._mean_over)
         if output.aux_loss is not None:
-            self._sums["aux_loss"] += output.aux_loss.detach() * num_terms
+            self._sums["aux_loss"] = self._sums["aux_loss"] + output.aux_loss.detach() * num_terms
             self._has_aux_loss = True
         self._num_terms += num_terms
         self._num_examples += len(row.example_index)
@@ -101,11 +101,13 @@ class StepMetrics:
 
     def state_dict(self) -> dict[str, Any]:
         """What has been added so far over all ranks, as JSON can say it: a collective."""
-        counts = [self._num_terms, self._num_examples, self._num_tokens, self._paired_tokens]
-        of_rows = torch.stack(list(self._sums.values()))
-        sums = sum_over_ranks(torch.cat([of_rows, of_rows.new_tensor(counts)])).tolist()
         kl = [value.item() for value in self._kl]
-        return {"sums": sums, "kl": kl, "aux": self._has_aux_loss, "seconds": time.perf_counter() - self._start}
+        return {
+            "sums": self._over_ranks(),
+            "kl": kl,
+            "aux": self._has_aux_loss,
+            "seconds": time.perf_counter() - self._start,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what ``state_dict`` returned, on any number of ranks.
@@ -120,7 +122,7 @@ class StepMetrics:
         if is_rank_zero():  # whose sums count once
             *of_rows, num_terms, num_examples, num_tokens, paired_tokens = state["sums"]
             for name, value in zip(self._sums, of_rows, strict=True):
-                self._sums[name] += value
+                self._sums[name] = self._sums[name] + value
             self._num_terms, self._num_examples = int(num_terms), int(num_examples)
             self._num_tokens, self._paired_tokens = int(num_tokens), int(paired_tokens)
 
@@ -132,9 +134,7 @@ class StepMetrics:
             of the paired format's tokens that sharing avoided), ``examples_per_second``, and
             ``tokens_per_second_per_gpu`` (tokens computed); nothing if all steps were taken back.
         """
-        counts = [self._num_terms, self._num_examples, self._num_tokens, self._paired_tokens]
-        of_rows = torch.stack(list(self._sums.values()))
-        sums = sum_over_ranks(torch.cat([of_rows, of_rows.new_tensor(counts)])).tolist()
+        sums = self._over_ranks()
         totals = dict(zip(self._sums, sums, strict=False))
         num_terms, num_examples, num_tokens, paired_tokens = sums[len(totals) :]
         seconds = time.perf_counter() - self._start
@@ -160,6 +160,12 @@ class StepMetrics:
         metrics["tokens_per_second_per_gpu"] = num_tokens / seconds / world_size
         metrics["tokens_saved"] = 1 - num_tokens / max(paired_tokens, 1)
         return metrics
+
+    def _over_ranks(self) -> list[float]:
+        """The sums, and behind them the counts, over all ranks: a collective."""
+        counts = [self._num_terms, self._num_examples, self._num_tokens, self._paired_tokens]
+        of_rows = torch.stack(list(self._sums.values()))
+        return sum_over_ranks(torch.cat([of_rows, of_rows.new_tensor(counts)])).tolist()
 
     @staticmethod
     def shown(metrics: Mapping[str, float]) -> dict[str, str]:

@@ -17,6 +17,8 @@ from prefix_sharing.fingerprint import fingerprint
 from prefix_sharing.planning import Plan, WholeDataset
 from prefix_sharing.run.directory import CHECKPOINTS, run_id
 from prefix_sharing.run.evaluation import Evaluation
+from prefix_sharing.run.finite import FiniteCheck
+from prefix_sharing.run.metrics import StepMetrics
 
 log = logging.getLogger(__name__)
 
@@ -141,27 +143,42 @@ def stop_run(checkpoints: TrainingCheckpoints, step: int, exit_code: int) -> NoR
     raise SystemExit(exit_code)
 
 
-def remembered(evaluation: Evaluation | None) -> dict[str, Any] | None:
-    """An evaluation as JSON can say it.
+def remembered(
+    seed: int, metrics: StepMetrics, finite: FiniteCheck, evaluation_before: Evaluation | None
+) -> dict[str, Any]:
+    """What a training checkpoint holds besides tensors of model and optimizer, as JSON can say it: a collective.
 
     Args:
-        evaluation (Evaluation | None): that before training.
+        seed (int): the run's seed.
+        metrics (StepMetrics): of the steps since the last log entry.
+        finite (FiniteCheck): what has been left out.
+        evaluation_before (Evaluation | None): that before training.
 
     Returns:
-        dict[str, Any] | None: for ``evaluation_of``.
+        dict[str, Any]: for ``recall``, and the seed for ``choose_seed``.
     """
-    if evaluation is None:
-        return None
-    return {
-        "metrics": evaluation.metrics,
-        "log_probs": evaluation.log_probs.tolist(),
-        "num_scored": evaluation.num_scored.tolist(),
-    }
+    before = None
+    if evaluation_before is not None:
+        tensors = {name: getattr(evaluation_before, name).tolist() for name in ("log_probs", "num_scored")}
+        before = {"metrics": evaluation_before.metrics, **tensors}
+    return {"seed": seed, "metrics": metrics.state_dict(), "finite": finite.state_dict(), "before": before}
 
 
-def evaluation_of(remembered: Mapping[str, Any] | None) -> Evaluation | None:
-    """The evaluation that ``remembered`` was made of."""
-    if remembered is None:
+def recall(values: Mapping[str, Any], metrics: StepMetrics, finite: FiniteCheck) -> Evaluation | None:
+    """Goes on from what ``remembered`` returned.
+
+    Args:
+        values (Mapping[str, Any]): ``TrainingCheckpoint.values``.
+        metrics (StepMetrics): of the next steps.
+        finite (FiniteCheck): the check of the next steps.
+
+    Returns:
+        Evaluation | None: that before training.
+    """
+    metrics.load_state_dict(values["metrics"])
+    finite.load_state_dict(values["finite"])
+    before = values["before"]
+    if before is None:
         return None
-    log_probs = torch.tensor(remembered["log_probs"], dtype=torch.float64)
-    return Evaluation(remembered["metrics"], log_probs, torch.tensor(remembered["num_scored"]))
+    log_probs = torch.tensor(before["log_probs"], dtype=torch.float64)
+    return Evaluation(before["metrics"], log_probs, torch.tensor(before["num_scored"]))

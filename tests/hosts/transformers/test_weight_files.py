@@ -1,9 +1,6 @@
 """Weights of transformers' models: what is read and written, and how much of it a rank ever holds."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +11,13 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
-from directories import make_directory  # noqa: E402
+from directories import EXPERTS, make_directory  # noqa: E402
 from prefix_sharing.checkpoint import Checkpoint  # noqa: E402
 from prefix_sharing.errors import ConfigError, UserError  # noqa: E402
 from prefix_sharing.hosts.transformers import causal_lm, to_tree_model  # noqa: E402
 from prefix_sharing.hosts.transformers.files import WeightFiles, read_into, write_from  # noqa: E402
-
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 from prefix_sharing.trees import Response, Row  # noqa: E402
+from runs import torchrun  # noqa: E402
 
 
 def model_of(path):
@@ -174,9 +170,7 @@ def test_no_rank_of_four_ever_holds_the_model(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     script = Path(__file__).parents[2] / "support" / "weights_on_ranks.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--standalone", script]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, path, out], env=environment, check=True, capture_output=True, timeout=120)
+    torchrun(4, script, path, str(out))
     for file in out.glob("peaks_*.json"):
         # Its own quarter, and one layer or one file of sixteen.
         peaks = json.loads(file.read_text())

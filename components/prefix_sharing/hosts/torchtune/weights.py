@@ -85,23 +85,20 @@ def _load(key: str, node: DictConfig, adapter: str | None = None) -> tuple[Any, 
     return checkpointer, checkpoint
 
 
-def load_trained_checkpoint(key: str, node: DictConfig, epoch: int) -> Checkpoint:
-    """Reads what a run wrote to its ``output_dir``.
+def load_trained_checkpoint(key: str, node: DictConfig, epoch_dir: Path) -> Checkpoint:
+    """Reads what a run wrote after an epoch.
 
     Args:
         key (str): the config's key, for messages.
         node (DictConfig): its value.
-        epoch (int): after which epoch, from 0.
+        epoch_dir (Path): the epoch's directory.
 
     Returns:
         Checkpoint: as for ``load_checkpoint``.
 
     Raises:
-        UserError: if there is nothing.
+        UserError: if it has no weights.
     """
-    epoch_dir = Path(node.output_dir) / f"epoch_{epoch}"
-    if not epoch_dir.is_dir():
-        raise ConfigError(f"{key}.output_dir", f"{epoch_dir} not found; train with this config first")
     adapter = epoch_dir / "adapter_model.pt"
     if adapter.exists():
         return load_checkpoint(key, node, adapter=str(adapter))[1]

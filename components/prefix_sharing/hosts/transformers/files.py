@@ -174,8 +174,8 @@ def read_into(tensors: Mapping[str, torch.Tensor], files: WeightFiles, config: A
         ConfigError: if a tensor is missing, left over, or of another shape.
     """
     slices = files.slices()
-    wanted = _check_fit(slices, config)
     holder = _without_memory(config)
+    wanted = _check_fit(slices, holder)
     for name, tensor in tensors.items():
         _put(holder, name, tensor)
     layers = [list(names) for _, names in itertools.groupby(sorted(slices, key=_layer_of), _layer_of)]
@@ -205,14 +205,13 @@ def _put(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
     setattr(module, attribute, tensor)
 
 
-def _check_fit(slices: Mapping[str, Any], config: Any) -> set[str]:
+def _check_fit(slices: Mapping[str, Any], model: PreTrainedModel) -> set[str]:
     """What the files have for the model, by name; found without reading them, on every rank, so that all would stop."""
     for name, part in slices.items():
         if name.endswith("weight") and part.get_dtype()[0] not in "FB":  # F32, BF16 and so on
             problem = f"{name} of the checkpoint holds {part.get_dtype()} numbers; quantized weights cannot be trained"
             raise ConfigError("path", problem)
     shapes = {name: torch.empty(part.get_shape(), device="meta") for name, part in slices.items()}
-    model = _without_memory(config)
     info = _load(model, shapes, torch.device("meta"))
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     given = {name: tensor for name, tensor in expected.items() if name not in info.missing_keys}
