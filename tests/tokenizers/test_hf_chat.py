@@ -254,3 +254,14 @@ def test_the_template_in_tokenizer_config_is_read(make_tokenizer, tmp_path):
         config = json.loads(config_file.read_text()) | {"chat_template": template}
         config_file.write_text(json.dumps(config))
         assert hf_chat_tokenizer(directory).tokenize_messages(CONVERSATIONS[1]) == expected
+
+
+@pytest.mark.parametrize("loops", [1, 2, 3])
+def test_a_template_that_does_not_end_is_refused(make_tokenizer, loops):
+    endless = "{% for i in range(99999) %}" * loops + "{{ '' }}" + "{% endfor %}" * loops
+    tokenizer = make_tokenizer(endless + "{{ messages[0]['content'] }}:{{ messages[1]['content'] }}")
+    if loops == 1:
+        tokenizer.tokenize_messages(conversation("Hi", "Hello."))
+    else:
+        with pytest.raises(UserError, match="refuses turns of .*: its loops take more than 1,000,000 steps"):
+            tokenizer.tokenize_messages(conversation("Hi", "Hello."))

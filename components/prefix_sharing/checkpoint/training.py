@@ -233,20 +233,21 @@ def read_checkpoint(directory: Path) -> TrainingCheckpoint:
         UserError: if there is none, or a file is missing or has changed.
     """
     rank, world_size = this_rank()
-    content, problem = None, None
+    found, problem = None, None
     try:
         content = json.loads((directory / _ABOUT).read_text(encoding="utf-8"))
+        found = TrainingCheckpoint(directory, content["step"], content["values"], content)
         for name, expected in sorted(content["files"].items())[rank::world_size]:
             if not (directory / name).is_file():
                 problem = f"{name} is missing"
             elif _described(directory / name) != expected:
                 problem = f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         problem = f"{_ABOUT} cannot be read ({type(error).__name__})"
     problem = next(filter(None, all_gather_objects(problem)), None)
-    if problem is not None or content is None:
+    if problem is not None or found is None:
         raise UserError(f"The checkpoint {directory} is damaged: {problem}.")
-    return TrainingCheckpoint(directory, content["step"], content["values"], content)
+    return found
 
 
 def load_checkpoint_into(

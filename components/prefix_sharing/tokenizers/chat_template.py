@@ -4,7 +4,7 @@ import copy
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -18,6 +18,9 @@ from prefix_sharing.tokenizers.chat_tokenizer import REASONING_KEYS, Turn
 _PLACEHOLDER = "\ue000prefix-sharing\ue001"
 """Takes the place of a turn's content to find where the template puts it: private-use characters, which no template
 treats in a way of its own."""
+
+_MOST_STEPS = 1_000_000
+"""Steps of ``range`` in a rendering, after which a template is taken to be one that never ends."""
 
 _LONGEST_BEGINNING = 64
 """Characters that a generation prompt may take of an answer, such as ``<think>``."""
@@ -104,6 +107,7 @@ class ChatTemplate:
             "messages": [_with_thoughts_by_each_name(turn) for turn in turns],
             "tools": tools,
             "documents": None,
+            "range": _limited_range(),
             "add_generation_prompt": add_generation_prompt,
             **self._special_tokens,
             **(kwargs or {}),
@@ -294,6 +298,21 @@ class _GenerationTag(Extension):
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **kwargs: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **kwargs)
+
+
+def _limited_range() -> Callable[..., range]:
+    """``range`` for one rendering."""
+    left = _MOST_STEPS
+
+    def limited(*bounds: int) -> range:
+        nonlocal left
+        steps = range(*bounds)
+        left -= len(steps)
+        if left < 0:
+            raise jinja2.TemplateRuntimeError(f"its loops take more than {_MOST_STEPS:,} steps")
+        return steps
+
+    return limited
 
 
 def _raise_exception(message: str) -> None:
