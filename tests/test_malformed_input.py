@@ -1,0 +1,122 @@
+"""Malformed input of every kind ends in a sentence or a counted drop: no library's traceback, no silent success.
+
+Three hundred inputs; raise ``EXAMPLES`` to try more.
+"""
+
+import json
+import math
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from prefix_sharing.checkpoint.training import _described, read_checkpoint
+from prefix_sharing.config import TrainingConfig, check_config, find_config
+from prefix_sharing.datasets import prefix_preference_dataset
+from prefix_sharing.errors import UserError
+from prefix_sharing.quickstart import tokenizer
+
+EXAMPLES = 100
+CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+QUICKSTART = OmegaConf.load(find_config("quickstart/single_device"))
+
+COUNTS = ["epochs", "batch_size", "log_every_n_steps", "keep_last_n", "max_nonfinite_in_a_row", "num_workers", "seed"]
+SIZES = ["model.num_layers", "model.num_heads", "model.embed_dim", "model.vocab_size", "tokenizer.max_seq_len"]
+FLOATS = ["optimizer.lr", "optimizer.weight_decay", "loss.beta", "lr_scheduler.num_cycles", "clip_grad_norm"]
+CHOICES = ["dtype", "packing", "attention_backend", "on_nonfinite", "ac_mode", "shuffle", "drop_last", "self_check"]
+COMPONENTS = ["model", "tokenizer", "checkpointer", "dataset", "loss", "optimizer", "metric_logger"]
+
+names = st.text("abcdefghij_", min_size=1, max_size=12)
+words = names.map(lambda name: f"x{name}")
+not_counts = st.one_of(
+    st.integers(max_value=-1), st.integers(min_value=2**63), words, st.floats(0.1, 0.9), st.just([1])
+)
+not_numbers = st.one_of(words, st.sampled_from([math.nan, math.inf, -math.inf, {"a": 1}, 10**30]))
+overrides = st.one_of(
+    st.tuples(st.sampled_from(COUNTS + SIZES), not_counts),
+    st.tuples(st.sampled_from(FLOATS), not_numbers),
+    st.tuples(st.sampled_from(CHOICES), st.one_of(words, st.integers(2), st.just([1]))),
+    st.tuples(st.sampled_from(COMPONENTS), st.one_of(st.none(), words, st.integers(), st.booleans(), st.just([1]))),
+    st.tuples(st.sampled_from(COMPONENTS).map(lambda key: f"{key}._component_"), st.one_of(words, st.integers())),
+    st.tuples(names.map(lambda name: f"unknown_{name}"), st.one_of(words, st.integers())),
+)
+
+
+@settings(max_examples=EXAMPLES)
+@given(override=overrides)
+def test_configs(override):
+    key, value = override
+    cfg = QUICKSTART.copy()
+    OmegaConf.update(cfg, key, value, merge=False)
+    with pytest.raises(UserError, match="^Config key '") as caught:
+        check_config(cfg, TrainingConfig)
+    assert "\n" not in str(caught.value)
+
+
+DEEP = "[" * 5_000
+GOOD = {"prompt": "q", "chosen": "a", "rejected": "b"}
+odd_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-9, 9), st.just(1e308), st.just(" ")),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(names, inner, max_size=2)),
+    max_leaves=6,
+)
+odd_records = st.tuples(st.sampled_from(sorted(GOOD)), odd_values).map(
+    lambda change: json.dumps({**GOOD, change[0]: change[1]})
+)
+odd_lines = st.one_of(odd_records, st.sampled_from(['{"prompt": "q"', "[1, 2]", '"text"', DEEP, "{}", "NaN"]))
+
+
+@settings(max_examples=EXAMPLES // 10, suppress_health_check=CHECKS)
+@given(lines=st.lists(odd_lines, min_size=10, max_size=10))
+def test_rows(tmp_path, lines):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join([json.dumps(GOOD), *lines]) + "\n")
+    said, found = "", None
+    try:
+        found = prefix_preference_dataset(
+            tokenizer(), source="json", data_files=str(file), on_malformed="drop", max_malformed=1.0
+        )
+    except UserError as error:
+        said = str(error)
+    assert "\n" not in said
+    assert len(said) < 1000
+    if found is not None:
+        assert len(found) + sum(found.dropped.values()) == 11
+
+
+damages = st.one_of(
+    st.tuples(st.just("cut"), st.integers(0, 10**6)),
+    st.tuples(st.just("flip"), st.integers(0, 10**6)),
+    st.tuples(
+        st.just("replace"),
+        st.sampled_from([b"", b"{}", b"[]", b"null", DEEP.encode(), b"\x80\x00", b'{"files": {}}', b'{"files": 3}']),
+    ),
+    st.tuples(st.just("remove"), st.none()),
+)
+
+
+@settings(max_examples=EXAMPLES, suppress_health_check=CHECKS)
+@given(damage=damages)
+@pytest.mark.parametrize("name", ["checkpoint.json", "shard-00001-model.safetensors"])
+def test_checkpoints(tmp_path, name, damage):
+    shard = tmp_path / "shard-00001-model.safetensors"
+    shard.write_bytes(bytes(range(256)) * 4)
+    content = {"step": 3, "values": {}, "run": {"id": "x"}, "files": {shard.name: _described(shard)}}
+    (tmp_path / "checkpoint.json").write_text(json.dumps(content))
+    assert read_checkpoint(tmp_path).step == 3
+    file = tmp_path / name
+    how, argument = damage
+    before = file.read_bytes()
+    if how == "remove":
+        file.unlink()
+    elif how == "replace":
+        file.write_bytes(argument)
+    elif how == "cut":
+        file.write_bytes(before[: argument % len(before)])
+    else:
+        at = argument % len(before)
+        file.write_bytes(before[:at] + bytes([before[at] ^ 255]) + before[at + 1 :])
+    with pytest.raises(UserError, match="is damaged: "):
+        read_checkpoint(tmp_path)
