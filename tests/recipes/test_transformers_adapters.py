@@ -55,11 +55,20 @@ def test_what_is_saved_is_what_was_trained(tmp_path, path, use_dora, adapter_onl
 def test_an_adapter_beside_experts_is_what_was_trained(tmp_path):
     path = make_directory(tmp_path / "model", "qwen3_moe", **EXPERTS)
     out = tmp_path / "out"
-    run = run_in_process(out, **lora_keys(path, out, False, target_modules=["q_proj", "v_proj"]))
+    run = run_in_process(out, **lora_keys(path, out, False))
     model = transformers.AutoModelForCausalLM.from_pretrained(out / "epoch_0")
     assert transformers_log_probs(model, run.dataset_val) == pytest.approx(evaluated_log_probs(out), abs=1e-4)
     config = peft.PeftConfig.from_pretrained(out / "epoch_0" / "adapter")
-    assert set(config.target_modules) == {"q_proj", "v_proj"}
+    assert set(config.target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert not config.target_parameters
+
+
+@pytest.mark.parametrize("name", ["down_proj", "gate", ".*down_proj"])
+def test_adapters_of_experts_and_routers_are_refused(tmp_path, name):
+    path = make_directory(tmp_path / "model", "qwen3_moe", **EXPERTS)
+    targets = name if "*" in name else ["q_proj", name]
+    with pytest.raises(UserError, match=r"target_modules': adapters of experts and routers .* 'model.layers.0.mlp"):
+        lora_causal_lm(path, target_modules=targets)
 
 
 def test_a_run_goes_on_with_a_trained_adapter_and_with_pefts_own(tmp_path, path):

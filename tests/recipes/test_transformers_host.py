@@ -22,7 +22,6 @@ from runs import (  # noqa: E402
     make_config,
     run_distributed,
     run_in_process,
-    torchrun,
     training_log,
     transformers_log_probs,
     went_only_to,
@@ -189,28 +188,23 @@ def test_two_processes_follow_one(tmp_path, adapter):
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-4)
 
 
-# Four processes at once: what is different from one process is each time another thing.
-ON_FOUR = {
-    "four_shards": ({}, {}),
-    "two_copies_of_two_shards": ({}, {"data_parallel_replicate_dim": 2}),
-    "experts": ({"name": "qwen3_moe", **EXPERTS}, {"fsdp_sync_every_row": True}),
-    "recomputed": ({"tie_word_embeddings": True}, {"enable_activation_checkpointing": True, "ac_mode": "selective"}),
-}
-
-
 @pytest.mark.slow
-def test_four_processes_follow_one(tmp_path):
-    files = []
-    for case, (of_model, of_run) in ON_FOUR.items():
-        path = make_directory(tmp_path / "models" / case, **of_model)
-        few = {"max_steps_per_epoch": 3, "dataset_val": None, "num_workers": 0}
-        run_in_process(tmp_path / "alone" / case, **keys_for(path, tmp_path / "alone" / case, **few))
-        keys = keys_for(path, tmp_path / case, **few, **of_run)
-        cfg = make_config(tmp_path / case, "quickstart/distributed", DistributedConfig, **keys)
-        files.append(str(tmp_path / f"{case}.yaml"))
-        OmegaConf.save(cfg, files[-1])
-    script = Path(__file__).parents[1] / "support" / "distributed_runs.py"
-    torchrun(4, script, *files, HF_DATASETS_CACHE=str(tmp_path / "datasets_cache"))
-    for case in ON_FOUR:
-        assert len(losses(tmp_path / case)) == 3
-        assert losses(tmp_path / case) == pytest.approx(losses(tmp_path / "alone" / case), rel=1e-5), case
+@pytest.mark.parametrize(
+    ("of_model", "of_run"),
+    [
+        ({}, {}),
+        ({}, {"data_parallel_replicate_dim": 2}),
+        ({"name": "qwen3_moe", **EXPERTS}, {"fsdp_sync_every_row": True}),
+        ({"tie_word_embeddings": True}, {"enable_activation_checkpointing": True, "ac_mode": "selective"}),
+    ],
+    ids=["four_shards", "two_copies_of_two_shards", "experts", "recomputed"],
+)
+def test_four_processes_follow_one(tmp_path, of_model, of_run):
+    path = make_directory(tmp_path / "model", **of_model)
+    few = {"max_steps_per_epoch": 3, "dataset_val": None, "num_workers": 0}
+    run_in_process(tmp_path / "alone", **keys_for(path, tmp_path / "alone", **few))
+    keys = keys_for(path, "out", **few, **of_run)
+    OmegaConf.save(make_config("out", "quickstart/distributed", DistributedConfig, **keys), tmp_path / "config.yaml")
+    together = run_distributed(tmp_path / "together", 4, config=str(tmp_path / "config.yaml"))
+    assert len(losses(together)) == 3
+    assert losses(together) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -45,13 +46,29 @@ def add_adapter(model: nn.Module, config: LoraConfig) -> None:
         config (LoraConfig): PEFT's.
 
     Raises:
-        ConfigError: if PEFT cannot.
+        ConfigError: if PEFT cannot, or puts some of it into experts or a router.
     """
     have_peft_overlook_torchao()
     try:
         inject_adapter_in_model(config, model)
     except ValueError as error:
         raise ConfigError("model", f"PEFT cannot add the adapter: {error}") from error
+    # PEFT takes names of older versions of a mixture, such as ``down_proj``, for those of experts.
+    beyond = [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
+    if beyond:
+        problem = f"adapters of experts and routers are not supported, such as that of '{beyond[0]}'"
+        raise ConfigError("model.target_modules", f"{problem}; name layers of attention, such as [q_proj, v_proj]")
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether a model is a mixture of experts, whose matrices transformers keeps in one tensor."""
+    return any(parameter.dim() == 3 for parameter in model.parameters())
+
+
+def linear_layers_of_attention(model: nn.Module) -> list[str]:
+    """The ends of the names of the linear layers of a model's attention."""
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "attn" in name}
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def has_adapter(model: nn.Module) -> bool:

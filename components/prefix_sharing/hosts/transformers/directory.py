@@ -7,7 +7,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefix_sharing.errors import ConfigError
-from prefix_sharing.hosts.transformers.adapters import add_adapter
+from prefix_sharing.hosts.transformers.adapters import add_adapter, has_experts, linear_layers_of_attention
 from prefix_sharing.hosts.transformers.files import read_config
 
 
@@ -60,15 +60,15 @@ def lora_causal_lm(
         lora_alpha (int): the adapter's output is scaled by ``lora_alpha / lora_rank``. Default: 16.
         lora_dropout (float): dropout before the adapter. Default: 0.0.
         target_modules (str | Sequence[str]): linear layers that get one, by the ends of their names, such as
-            ``[q_proj, v_proj]``. Default: "all-linear", all but the output projection. Experts kept as one tensor are
-            no linear layers.
+            ``[q_proj, v_proj]``. Default: "all-linear", all but the output projection; of a mixture of experts, those
+            of attention.
         use_dora (bool): whether it is DoRA. Default: False.
 
     Returns:
         PreTrainedModel: as for ``causal_lm``.
 
     Raises:
-        UserError: as for ``causal_lm``, and if there is no such layer.
+        UserError: as for ``causal_lm``, and if there is no such layer, or it is one of experts or a router.
 
     Example:
         .. code-block:: yaml
@@ -80,7 +80,10 @@ def lora_causal_lm(
               lora_alpha: 32
     """
     model = causal_lm(path, router_aux_loss_coef)
-    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    if target_modules == "all-linear" and has_experts(model):
+        targets: str | list[str] = linear_layers_of_attention(model)
+    else:
+        targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     add_adapter(
         model,
         LoraConfig(
