@@ -71,10 +71,14 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        gone = watch.silent() if watch is not None and _is_of_communication(error) else []
-        if gone:
-            raise UserError(describe(gone)) from error
-        raise
+        if watch is None or not _is_of_communication(error):
+            raise
+        # A launcher that has seen the other rank end asks this one to end as well, before it can tell which it was.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        gone = watch.silent()
+        if not gone:
+            raise
+        raise UserError(describe(gone)) from error
     # Meanwhile gloo's threads release the tensors of the last collective. If they came to that only when the
     # interpreter is shutting down, they would abort the process.
     wait_for_all_ranks()
