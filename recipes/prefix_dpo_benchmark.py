@@ -1,6 +1,7 @@
 """Times training on preference pairs: whole steps in several formats, parts of a layer, and how time grows with size.
 
     tune run prefix_dpo_benchmark --config benchmark/cpu
+    tune run prefix_dpo_benchmark --config benchmark/cuda_short
     tune run prefix_dpo_benchmark --config benchmark/cuda
     tune run prefix_dpo_benchmark --config benchmark/transformers path=/tmp/Qwen3-0.6B
 
@@ -18,8 +19,8 @@
     Masks, attention and steps of torchtune's models for longer and longer Rows; planning and loading for larger and
     larger data sets.
 
-Whatever is compared takes turns, so that drift of the machine hits all alike. Writes ``benchmark.json`` and a picture
-of each part to ``output_dir``.
+Whatever is compared takes turns, so that drift of the machine hits all alike. Writes ``benchmark.json``, which has
+what was measured so far at any moment, and a picture of each part to ``output_dir``.
 """
 
 import functools
@@ -30,7 +31,8 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +41,7 @@ import torch
 from omegaconf import MISSING, DictConfig, OmegaConf
 from tqdm import tqdm
 
-from prefix_sharing.attention import choose_attention_backend
+from prefix_sharing.attention import AttentionBackend, choose_attention_backend
 from prefix_sharing.benchmark.bare import seconds_of_matrix_products
 from prefix_sharing.benchmark.formats import Format, Pairs, paired_format, row_formats, trl_format
 from prefix_sharing.benchmark.layers import PARTS, first_layer, synchronize, time_layers
@@ -52,7 +54,7 @@ from prefix_sharing.memory import memory_by_part, peak_memory
 from prefix_sharing.reports import benchmark_plots as plots
 from prefix_sharing.reports.benchmark_tables import as_table, describe_growth, describe_layers, summarize
 from prefix_sharing.run import set_up_logging
-from prefix_sharing.run.optimization import clip_grad_norm
+from prefix_sharing.run.optimization import clip_grad_norm, weights_cast_once
 from prefix_sharing.run.setup import compute_dtype
 from prefix_sharing.trees import Row
 
@@ -61,6 +63,8 @@ log = logging.getLogger("prefix_sharing.recipe")
 
 MEASURES = ("steps", "layers", "scaling")
 LIBRARIES = ("torchtune", "transformers")
+SOMETIMES = ("paired_packed_varlen", "trl")
+"""Formats that need more than this package and a CPU."""
 
 
 @dataclass
@@ -96,7 +100,7 @@ class BenchmarkConfig:
     rounds: int = at_least(1, default=3)
     """Measurements that count, after one that does not."""
     measure_memory: bool = True
-    """Whether to take a step of each format in a process of its own for its peak memory."""
+    """Whether to take one more step of each format for its peak memory; on a CPU in a process of its own."""
     prefix_lengths: list[int] = field(default_factory=lambda: [128, 512, 2048])
     """Prompts of ``layers``."""
     completion_lengths: list[int] = field(default_factory=lambda: [128, 512])
@@ -137,21 +141,20 @@ class PrefixDPOBenchmark:
             if part not in MEASURES:
                 raise ConfigError("measure", f"unknown measurement '{part}'; choose from {', '.join(MEASURES)}")
         torch.manual_seed(cfg.seed)
-        self.model, tree = self.new_model(), self.new_model()
-        # The same parameters, not equal ones.
-        tree.load_state_dict(self.model.state_dict(keep_vars=True), assign=True)
-        self.tree: TreeModel = to_tree_model(tree, self.backend)
+        self.model = self.new_model()
+        self.tree = self.new_tree(self.backend)
         self.paired = paired_model(self.model, cfg.beta)
         if cfg.compile:
-            models: list[Any] = [self.paired, self.tree]
-            for model in models:
-                compile_layers(model)
+            compiled: Any = self.paired
+            compile_layers(compiled)
         self.measure = list(cfg.measure)
         if self.paired.name != "torchtune":
             self.measure = [part for part in self.measure if part == "steps"]
             if self.measure != cfg.measure:
                 log.warning("measure: layers and scaling are left out: they take apart layers of torchtune's models")
+        self.layer_backends = self.choose_layer_backends() if "layers" in self.measure else []
         self.formats = self.choose_formats()
+        self.results: dict[str, Any] = {}
         # Formats over one model share its optimizer, too.
         self.optimizers = {
             form.model: torch.optim.AdamW(form.model.parameters(), lr=0.0, fused=True) for form in self.formats
@@ -163,15 +166,43 @@ class PrefixDPOBenchmark:
         with self.device:
             return instantiate("model", self.cfg.model)
 
+    def new_tree(self, backend: AttentionBackend) -> TreeModel:
+        """A model over trees that has the same parameters as ``model``, not equal ones."""
+        tree = self.new_model()
+        tree.load_state_dict(self.model.state_dict(keep_vars=True), assign=True)
+        found = to_tree_model(tree, backend)
+        if self.cfg.compile:
+            compile_layers(found)
+        return found
+
+    def choose_layer_backends(self) -> list[AttentionBackend]:
+        """The backends of ``layers`` that can train here; others are left out, with a note."""
+        found = []
+        for name in self.cfg.layer_backends:
+            try:
+                found.append(choose_attention_backend(name, self.device, self.dtype))
+            except ConfigError as error:
+                log.warning("layer_backends: %s is left out: %s", name, error)
+        return found
+
     def choose_formats(self) -> list[Format]:
-        """The formats that the config names; TRL is left out, with a note, where it is not installed."""
+        """The formats that the config names; what cannot run here is left out, with a note."""
         cfg, own = self.cfg, self.paired.name
         found = {own: paired_format(self.paired, self.device, batch_size=cfg.batch_size)}
         options = {"batch_size": cfg.batch_size, "beta": cfg.beta}
-        found |= row_formats(self.model, self.tree, self.device, pack_len=cfg.pack_len, **options)
+        of_rows = functools.partial(row_formats, self.model, device=self.device, pack_len=cfg.pack_len, **options)
+        found |= of_rows(self.tree)
         for name in cfg.formats:
-            if name not in (*LIBRARIES, *found, "trl"):
-                raise ConfigError("formats", f"unknown format '{name}'; choose from {', '.join(found)}, trl")
+            if name not in (*LIBRARIES, *found, *SOMETIMES):
+                known = ", ".join((*found, *SOMETIMES))
+                raise ConfigError("formats", f"unknown format '{name}'; choose from {known}")
+        if "paired_packed_varlen" in cfg.formats:
+            try:
+                on_varlen = self.new_tree(choose_attention_backend("varlen", self.device, self.dtype))
+                form = of_rows(on_varlen)["paired_packed"]
+                found["paired_packed_varlen"] = replace(form, name="paired_packed_varlen")
+            except ConfigError as error:
+                log.warning("formats: paired_packed_varlen is left out: %s", error)
         if "trl" in cfg.formats:
             try:
                 found["trl"] = trl_format(self.paired, self.device, **options)
@@ -183,11 +214,12 @@ class PrefixDPOBenchmark:
     def step(self, form: Format, pairs: Pairs, reference: torch.Tensor) -> torch.Tensor:
         """A full training step; returns its loss, a scalar."""
         total = torch.zeros((), device=self.device)
-        for batch in form.micro_batches(pairs):
-            with self.autocast:
-                loss = form.loss(batch, reference) / len(pairs)
-            loss.backward()
-            total += loss.detach()
+        with weights_cast_once(self.device):
+            for batch in form.micro_batches(pairs):
+                with self.autocast:
+                    loss = form.loss(batch, reference) / len(pairs)
+                loss.backward()
+                total += loss.detach()
         clip_grad_norm(form.model, 1.0)
         self.optimizers[form.model].step()
         self.optimizers[form.model].zero_grad(set_to_none=True)
@@ -253,7 +285,9 @@ class PrefixDPOBenchmark:
             if self.device.type == "cpu" and isinstance(batches[0].inputs, Row):
                 step = functools.partial(self.step, form, pairs, reference)
                 found["matrix_share"] = seconds_of_matrix_products(step, cfg.rounds) / found["seconds"]
-            if cfg.measure_memory:
+            if cfg.measure_memory and self.device.type == "cuda":
+                found |= self.memory_here(form, pairs, reference)
+            elif cfg.measure_memory:
                 found |= self.memory_of(name, form.name)
         return {"name": Path(name).name, "pairs": len(pairs), "formats": summary}
 
@@ -266,6 +300,15 @@ class PrefixDPOBenchmark:
         lengths = draw_lengths(workload, num_pairs, cfg.seed, cfg.longest)
         return make_pairs(lengths, self.tree.vocab_size, cfg.seed)
 
+    def memory_here(self, form: Format, pairs: Pairs, reference: torch.Tensor) -> dict[str, float]:
+        """Peak memory in GiB of one more step, whole and by part, as if there were no other format's model."""
+        parts = memory_by_part(form.model, self.optimizers[form.model])
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.step(form, pairs, reference)
+        of_step = (torch.cuda.max_memory_allocated() - before) / 2**30
+        return {"peak_memory": of_step + parts["memory_parameters"] + parts["memory_optimizer_state"], **parts}
+
     def memory_of(self, workload: str, form: str) -> dict[str, float]:
         """Peak memory in GiB of a process that takes a step in one format, whole and by part."""
         cfg = OmegaConf.merge(self.cfg, {"workloads": [workload], "formats": [form]})
@@ -273,21 +316,21 @@ class PrefixDPOBenchmark:
         done = subprocess.run(command, input=OmegaConf.to_yaml(cfg), capture_output=True, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
-    def time_steps(self) -> list[dict[str, Any]]:
+    def time_steps(self) -> Iterator[dict[str, Any]]:
         """Times every format on every workload."""
         cfg = self.cfg
         total = len(cfg.workloads) * len(self.formats) * (cfg.rounds + 1)
         with tqdm(total=total, desc="Steps", unit="step") as progress:
-            return [self.time_workload(name, progress) for name in cfg.workloads]
+            for name in cfg.workloads:
+                yield self.time_workload(name, progress)
 
-    def time_layers(self) -> list[dict[str, Any]]:
+    def time_layers(self) -> Iterator[dict[str, Any]]:
         """Times the parts of the first layer."""
-        cfg = self.cfg
-        backends = [choose_attention_backend(name, self.device, self.dtype) for name in cfg.layer_backends]
+        cfg, backends = self.cfg, self.layer_backends
         attention_parts = len(PARTS) - 1
         total = len(cfg.prefix_lengths) * len(cfg.completion_lengths) * (1 + attention_parts * len(backends))
         with tqdm(total=total, desc="Layers", unit="part") as progress:
-            return time_layers(
+            yield from time_layers(
                 first_layer(self.tree),
                 self.device,
                 backends=backends,
@@ -298,16 +341,24 @@ class PrefixDPOBenchmark:
                 progress=progress.update,
             )
 
-    def time_scaling(self) -> dict[str, list[dict[str, Any]]]:
-        """Times longer and longer Rows, and larger and larger data sets."""
+    def time_rows(self) -> Iterator[dict[str, Any]]:
+        """Times longer and longer Rows."""
         cfg = self.cfg
         model = to_tree_model(self.new_model(), self.backend)
         checkpoint_activations(model, "full")
-        with tqdm(total=len(cfg.tokens_per_row) + len(cfg.num_examples), desc="Scaling", unit="size") as progress:
-            return {
-                "rows": time_rows(model, self.device, cfg.tokens_per_row, self.autocast, progress.update),
-                "examples": time_examples(cfg.num_examples, cfg.pack_len, progress.update),
-            }
+        with tqdm(total=len(cfg.tokens_per_row), desc="Rows", unit="length") as progress:
+            yield from time_rows(model, self.device, cfg.tokens_per_row, self.autocast, progress.update)
+
+    def time_examples(self) -> Iterator[dict[str, Any]]:
+        """Times larger and larger data sets."""
+        with tqdm(total=len(self.cfg.num_examples), desc="Data sets", unit="size") as progress:
+            yield from time_examples(self.cfg.num_examples, self.cfg.pack_len, progress.update)
+
+    def collect(self, into: list[dict[str, Any]], found: Iterable[dict[str, Any]]) -> None:
+        """Adds measurements to the results, and writes them down after each."""
+        for each in found:
+            into.append(each)
+            (Path(self.cfg.output_dir) / "benchmark.json").write_text(json.dumps(self.results, indent=2) + "\n")
 
     def run(self) -> None:
         """Measures what the config names, prints it, and writes it down."""
@@ -316,27 +367,30 @@ class PrefixDPOBenchmark:
         output_dir.mkdir(parents=True, exist_ok=True)
         on_cuda = self.device.type == "cuda"
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        results: dict[str, Any] = {
+        self.results = {
             "model": f"{millions:.1f} M parameters, {cfg.dtype}",
             "device": torch.cuda.get_device_name() if on_cuda else f"{torch.get_num_threads()} CPU threads",
             "platform": platform.platform(),
             "versions": {name: version(name) for name in ("torch", self.paired.name, "torchtune-prefix-sharing")},
             "config": OmegaConf.to_container(cfg),
         }
-        title = f"{results['model']}, {results['device']}"
+        title = f"{self.results['model']}, {self.results['device']}"
         if "steps" in self.measure:
-            results["workloads"] = self.time_steps()
-            print(as_table(results["workloads"]))
-            plots.plot_steps(results["workloads"], title, output_dir / "steps.png")
+            workloads = self.results["workloads"] = []
+            self.collect(workloads, self.time_steps())
+            print(as_table(workloads))
+            plots.plot_steps(workloads, title, output_dir / "steps.png")
         if "layers" in self.measure:
-            results["layers"] = self.time_layers()
-            print(describe_layers(results["layers"]))
-            plots.plot_layers(results["layers"], title, output_dir / "layers.png")
+            layers = self.results["layers"] = []
+            self.collect(layers, self.time_layers())
+            print(describe_layers(layers))
+            plots.plot_layers(layers, title, output_dir / "layers.png")
         if "scaling" in self.measure:
-            results["scaling"] = self.time_scaling()
-            print(describe_growth(results["scaling"]))
-            plots.plot_scaling(results["scaling"], title, output_dir / "scaling.png")
-        (output_dir / "benchmark.json").write_text(json.dumps(results, indent=2) + "\n")
+            scaling = self.results["scaling"] = {"rows": [], "examples": []}
+            self.collect(scaling["rows"], self.time_rows())
+            self.collect(scaling["examples"], self.time_examples())
+            print(describe_growth(scaling))
+            plots.plot_scaling(scaling, title, output_dir / "scaling.png")
         log.info("Results saved to %s", output_dir)
 
 

@@ -48,6 +48,7 @@ from prefix_sharing.run import (
     set_up_logging,
     summarize_run,
 )
+from prefix_sharing.run.compilation import CompileWatch
 from prefix_sharing.run.directory import check_room, find_resumed, locked_output_dir
 from prefix_sharing.run.finite import FiniteCheck
 from prefix_sharing.run.kl import estimate_kl, kl_of_step, loss_of_row
@@ -185,6 +186,7 @@ class PrefixDPORecipeDistributed:
         if self.resumed is not None:
             self.before = recall(self.resumed.values, metrics, self.finite)
         after, evaluated_at = self.before, 0
+        compile_watch = CompileWatch()
         self.profiler.start()
         for epoch in range(self.global_step // self.plan.steps_per_epoch, cfg.epochs):
             first_step = self.global_step % self.plan.steps_per_epoch
@@ -245,6 +247,7 @@ class PrefixDPORecipeDistributed:
                     with metrics.paused():
                         after, evaluated_at = self.evaluate(), self.global_step
                 self.profiler.step()
+                compile_watch.step(self.global_step)
                 exit_code = stop.exit_code()
                 if self.global_step % self.plan.steps_per_epoch != 0:  # else after the epoch's weights
                     if exit_code or (cfg.save_every_n_steps and self.global_step % cfg.save_every_n_steps == 0):

@@ -39,10 +39,11 @@ from prefix_sharing.run import (
     set_up_logging,
     summarize_run,
 )
+from prefix_sharing.run.compilation import CompileWatch
 from prefix_sharing.run.directory import check_room, find_resumed, locked_output_dir
 from prefix_sharing.run.finite import FiniteCheck
 from prefix_sharing.run.kl import estimate_kl, kl_of_step, loss_of_row
-from prefix_sharing.run.optimization import choose_seed, clip_grad_norm, seed_step
+from prefix_sharing.run.optimization import choose_seed, clip_grad_norm, seed_step, weights_cast_once
 from prefix_sharing.run.out_of_memory import out_of_memory_explained
 from prefix_sharing.run.resuming import forget_later_entries, recall, remembered, stop_run, training_checkpoints
 from prefix_sharing.run.setup import compute_dtype, log_config, self_check
@@ -165,6 +166,7 @@ class PrefixDPORecipeSingleDevice:
         if self.resumed is not None:
             self.before = recall(self.resumed.values, metrics, self.finite)
         after, evaluated_at = self.before, 0
+        compile_watch = CompileWatch()
         self.profiler.start()
         for epoch in range(self.global_step // self.plan.steps_per_epoch, cfg.epochs):
             first_step = self.global_step % self.plan.steps_per_epoch
@@ -179,18 +181,19 @@ class PrefixDPORecipeSingleDevice:
                 seed_step(self.seed, self.global_step)
                 metrics.begin_step()
                 kl = kl_of_step(step, forward, self.reference, self.device)
-                for row in step.rows:
-                    row = row.to(self.device)
-                    with out_of_memory_explained(cfg, self.global_step + 1, row):
-                        with self.activations_handling:
-                            output = self.forward(self.model, row)
-                        if self.loss.needs.kl and kl is None:
-                            kl = estimate_kl([(row, output)], self.reference)
-                        loss = self.loss_of(row, output, self.reference, kl)
-                        # The mean over the step's pairs (or other terms), however they are spread over Rows.
-                        (loss.losses.sum() / step.num_terms).backward()
-                        self.finite.add(row, output, loss)
-                        metrics.add(row, output, loss)
+                with weights_cast_once(self.device):
+                    for row in step.rows:
+                        row = row.to(self.device)
+                        with out_of_memory_explained(cfg, self.global_step + 1, row):
+                            with self.activations_handling:
+                                output = self.forward(self.model, row)
+                            if self.loss.needs.kl and kl is None:
+                                kl = estimate_kl([(row, output)], self.reference)
+                            loss = self.loss_of(row, output, self.reference, kl)
+                            # The mean over the step's pairs (or other terms), however they are spread over Rows.
+                            (loss.losses.sum() / step.num_terms).backward()
+                            self.finite.add(row, output, loss)
+                            metrics.add(row, output, loss)
                 if kl is not None:
                     metrics.add_kl(kl)
 
@@ -221,6 +224,7 @@ class PrefixDPORecipeSingleDevice:
                     with metrics.paused():
                         after, evaluated_at = self.evaluate(), self.global_step
                 self.profiler.step()
+                compile_watch.step(self.global_step)
                 exit_code = stop.exit_code()
                 if self.global_step % self.plan.steps_per_epoch != 0:  # else after the epoch's weights
                     if exit_code or (cfg.save_every_n_steps and self.global_step % cfg.save_every_n_steps == 0):

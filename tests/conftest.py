@@ -96,6 +96,6 @@ def on_cpu(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *args: None)
-    monkeypatch.setattr(flex, "_compiled_flex_attention", lambda: torch_flex.flex_attention)
+    monkeypatch.setattr(flex, "_compiled_flex_attention", lambda dynamic: torch_flex.flex_attention)
     with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
         yield

@@ -150,7 +150,7 @@ def test_logits_of_unscored_tokens_are_never_made(monkeypatch):
     # TRL 3168, LLaMA-Factory 10720, NeMo-RL 2859: out of memory from fp32 logits
     _, tree = plain_and_tree()
     projected = []
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 4 * tree.output.out_features)
+    monkeypatch.setattr(scoring, "chunk_size", lambda vocab_size: 4)
     tree.output.register_forward_hook(lambda module, inputs, output: projected.append(output.shape))
     prompt, answers = list(range(20)), ([21] * 6, [22] * 5)
     tree(Row.from_examples([[response(prompt + a, [0] * 20 + [1] * len(a)) for a in answers]]))

@@ -12,8 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 from prefix_sharing.trees import Row
 
-LOGITS_AT_ONCE = 2**26
-"""Maximum number of logits in memory at once, 256 MiB of fp32: those of 512 hidden states with a vocabulary of 128k."""
+_LOGITS_AT_ONCE = 2**26
+"""Maximum number of logits in memory at once, 256 MiB of fp32, unless those are of very few hidden states."""
+
+_FEWEST_AT_ONCE = 1024
+"""Hidden states projected at once at least. The backward of each chunk reads and writes the gradient of the whole
+weight: 6 bytes of an entry for 6 operations with each hidden state, and a GPU does some 300 while it moves a byte."""
 
 
 class ResponseLogProbs(NamedTuple):
@@ -41,6 +45,11 @@ class ResponseLogProbs(NamedTuple):
     aux_loss: torch.Tensor | None = None
 
 
+def chunk_size(vocab_size: int) -> int:
+    """How many hidden states are projected at once."""
+    return max(_FEWEST_AT_ONCE, _LOGITS_AT_ONCE // vocab_size)
+
+
 def response_log_probs(
     project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, row: Row, vocab_size: int
 ) -> ResponseLogProbs:
@@ -59,11 +68,10 @@ def response_log_probs(
     def score(hidden: torch.Tensor, predictor: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _TargetLogProbs.apply(project(hidden), predictor, target, row.confidence)
 
-    num_predictors = hidden.shape[0]
-    chunk_size = max(1, LOGITS_AT_ONCE // vocab_size)
+    num_predictors, at_once = hidden.shape[0], chunk_size(vocab_size)
     scores = []
-    for first in range(0, max(num_predictors, 1), chunk_size):
-        last = min(first + chunk_size, num_predictors)
+    for first in range(0, max(num_predictors, 1), at_once):
+        last = min(first + at_once, num_predictors)
         tokens = slice(row.predictor_offsets[first], row.predictor_offsets[last])
         inputs = hidden[first:last], row.scored_predictor[tokens] - first, row.scored_target[tokens]
         if last < num_predictors and torch.is_grad_enabled():

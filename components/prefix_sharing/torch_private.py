@@ -5,7 +5,7 @@ name                          what for
 ============================= =========================================================================================
 ``checkpoint_wrapper``        layers that compute their activations again: torchtune and torchtitan use the same wrapper
 ``attention_operators``       what ``ac_mode: selective`` keeps: there is no public list of attention kernels
-``raise_recompile_limits``    how many shapes of compiled attention dynamo keeps
+``raise_recompile_limits``    how many shapes of compiled attention dynamo keeps, and ``num_graphs_compiled``
 ``CHECKPOINT_PREFIX``         what that wrapper puts into the names of parameters
 ``FakeTensorMode``            tensors without values, on which the memory estimate takes a step, and
                               ``unset_fake_temporarily`` where a real one is needed
@@ -17,6 +17,7 @@ name                          what for
 ============================= =========================================================================================
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,7 @@ __all__ = [
     "attention_operators",
     "checkpoint_wrapper",
     "local_dtensor",
+    "num_graphs_compiled",
     "raise_recompile_limits",
     "unset_fake_temporarily",
 ]
@@ -100,6 +102,12 @@ def raise_recompile_limits(limit: int, accumulated: int) -> None:
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, limit)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, accumulated)
+
+
+def num_graphs_compiled() -> int:
+    """How many graphs dynamo has had compiled in this process."""
+    utils = sys.modules.get("torch._dynamo.utils")  # which is not imported before something is compiled
+    return 0 if utils is None else utils.counters["stats"]["unique_graphs"]
 
 
 def local_dtensor(local: torch.Tensor, like: DTensor) -> DTensor:

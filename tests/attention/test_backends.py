@@ -181,7 +181,7 @@ def test_a_backend_that_cannot_run_is_refused_with_the_way_out(monkeypatch):
 
 def test_kernel_options_reach_flex_attention(monkeypatch):
     seen = []
-    monkeypatch.setattr(flex, "_compiled_flex_attention", lambda: lambda *args, **kwargs: seen.append(kwargs))
+    monkeypatch.setattr(flex, "_compiled_flex_attention", lambda dynamic: lambda *args, **kwargs: seen.append(kwargs))
     row = Row.from_examples([[response([1, 2, 3], [0, 1, 1])]])
     for options in (None, {"BLOCK_M": 64}):
         mask_builder("flex", options)(row, at_predictors=True).attend(None, None, None)

@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from plain import FAMILIES, response
+from prefix_sharing.attention import flex
 from prefix_sharing.hosts import checkpoint_activations, compile_layers, to_tree_model
 from prefix_sharing.trees import Row
 
@@ -59,3 +60,46 @@ def test_layers_are_not_compiled_anew_for_every_row(monkeypatch):
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     # Once for the first length, once more for any.
     assert 0 < graphs[0] < graphs[1] == graphs[-1]
+
+
+class CountCompiled(TorchDispatchMode):
+    """How often code is run that was compiled to be seen."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    @classmethod
+    def ignore_compile_internals(cls):
+        return True  # or nothing would be compiled within
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func is torch._higher_order_ops.inductor_compiled_code
+        return func(*args, **(kwargs or {}))
+
+
+def attention_without_kernels(q, k, v, *, enable_gqa, **_):
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+def test_selective_checkpointing_keeps_what_compiled_attention_gave(monkeypatch):
+    # FlexAttention's own kernels have no backward on a CPU; what is compiled in their place is compiled alike.
+    monkeypatch.setattr(flex, "flex_attention", attention_without_kernels)
+    flex._compiled_flex_attention.cache_clear()
+    row = Row.from_examples([[response([1, 2, 3, 4], [0, 0, 1, 1]), response([1, 2, 5, 4], [0, 0, 1, 1])]])
+    calls = {}
+    for ac_mode in (None, "full", "selective"):
+        model = to_tree_model(FAMILIES["llama3"](), "flex")
+        if ac_mode is not None:
+            checkpoint_activations(model, ac_mode)
+        with CountCompiled() as count:
+            model(row).log_probs.sum().backward()
+        calls[ac_mode] = count.calls
+    flex._compiled_flex_attention.cache_clear()
+    layers = len(model.layers)
+    assert calls[None] == 2 * layers  # forward and backward
+    assert calls["full"] == 3 * layers
+    assert calls["selective"] == 2 * layers

@@ -81,6 +81,41 @@ def test_everything_is_measured(tmp_path, config, capsys, pictures):
     assert printed.count("power") == 2
 
 
+def test_an_interrupted_benchmark_leaves_what_was_measured(tmp_path, monkeypatch):
+    run = benchmark(tmp_path)
+    of_pairs = run.pairs_of
+
+    def interrupted_at_the_second(workload):
+        if workload == "20,5,6":
+            raise KeyboardInterrupt
+        return of_pairs(workload)
+
+    monkeypatch.setattr(run, "pairs_of", interrupted_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    (workload,) = json.loads((tmp_path / "benchmark.json").read_text())["workloads"]
+    assert workload["name"] == "hh"
+    assert list(workload["formats"]) == FORMATS
+
+
+def test_backends_that_cannot_run_are_left_out_with_a_note(tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="prefix_sharing"):
+        keys = {"measure": ["steps", "layers"], "layer_backends": ["chains", "varlen"]}
+        run = benchmark(tmp_path, "benchmark/cuda_short", **keys)
+    assert run.layer_backends == ["chains"]
+    assert "paired_packed_varlen" not in [form.name for form in run.formats]
+    for what in ("layer_backends: varlen", "formats: paired_packed_varlen"):
+        assert f"{what} is left out: Config key 'attention_backend': varlen needs CUDA" in caplog.text
+
+
+def test_pairs_on_flash_attention_are_the_same_pairs(tmp_path, on_cpu, monkeypatch):
+    monkeypatch.setattr("prefix_dpo_benchmark.choose_attention_backend", lambda name, *_: name or "chains")
+    formats = ["torchtune", "paired_packed_varlen"]
+    run = benchmark(tmp_path, measure=["steps"], formats=formats, attention_backend=None)
+    assert [form.name for form in run.formats] == formats
+    run.run()  # which compares log-probs and losses
+
+
 def test_what_is_not_asked_for_is_not_measured(tmp_path, pictures):
     benchmark(tmp_path, measure=["scaling"]).run()
     assert "workloads" not in json.loads((tmp_path / "benchmark.json").read_text())

@@ -18,12 +18,12 @@ from prefix_sharing.trees import Row
 
 
 @functools.cache
-def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
-    # Every Row length is a shape of its own, and past the limit dynamo falls back to the eager operator, which builds
-    # all scores. Rows come in few lengths (prefix_sharing.trees.bucket_length), each with and without gradients, but in
-    # more than the default limit of 8.
+def _compiled_flex_attention(dynamic: bool) -> Callable[..., torch.Tensor]:
+    # Past the limit dynamo falls back to the eager operator, which builds all scores. Lengths are symbols on CUDA, so
+    # that a handful of kernels serve every Row. On CPU, where only the forward runs, such code does not compile.
     raise_recompile_limits(256, accumulated=1024)
-    return torch.compile(flex_attention, dynamic=False)
+    # Seen as one operator by selective activation checkpointing, which then keeps its output.
+    return torch.compile(flex_attention, dynamic=dynamic, options={"wrap_inductor_compiled_regions": True})
 
 
 class FlexMask(TreeMask):
@@ -44,13 +44,17 @@ class FlexMask(TreeMask):
         window: int | None = None,
         kernel_options: dict[str, Any] | None = None,
     ) -> None:
-        self._kernel_options = kernel_options
         self.block_mask = tree_block_mask(
             row.subtree_end,
             query_index=row.predictor_index if at_predictors else None,
             positions=row.input_pos[0],
             window=window,
         )
+        self._on_cuda = row.tokens.is_cuda
+        if self._on_cuda and all(length % 128 == 0 for length in self.block_mask.seq_lengths):
+            # The compiler cannot tell from a symbol, and would check the bounds of every load.
+            kernel_options = {"IS_DIVISIBLE": True} | (kernel_options or {})
+        self._kernel_options = kernel_options
 
     @override
     def attend(
@@ -62,7 +66,7 @@ class FlexMask(TreeMask):
         scale: float | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        return _compiled_flex_attention()(
+        return _compiled_flex_attention(dynamic=self._on_cuda)(
             q,
             k,
             v,

@@ -41,13 +41,15 @@ class VarlenMask(TreeMask):
         self._num_queries = sum(query_sizes)
         self._max_queries, self._max_keys = max(query_sizes), max(key_sizes)
 
+        def on_device(values: torch.Tensor) -> torch.Tensor:
+            # From pinned memory, or the host would wait for the copy.
+            return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
         def offsets(sizes: list[int]) -> torch.Tensor:
-            values = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
-            return values.to(device, non_blocking=True)
+            return on_device(torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32))
 
         self._query_offsets, self._key_offsets = offsets(query_sizes), offsets(key_sizes)
-        keys = np.concatenate([np.arange(a, b) for a, b in key_spans])
-        self._keys = torch.from_numpy(keys).to(device, non_blocking=True)
+        self._keys = on_device(torch.from_numpy(np.concatenate([np.arange(a, b) for a, b in key_spans])))
 
     @override
     def attend(

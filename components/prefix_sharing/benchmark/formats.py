@@ -10,6 +10,9 @@ paired_packed  every response on its own, packed into Rows of ``pack_len`` token
 prefix         ``batch_size`` prefix trees per Row
 prefix_packed  prefix trees packed into Rows of ``pack_len`` tokens
 ============== =====================================================================================================
+
+``paired_packed_varlen`` is ``paired_packed`` on FlashAttention over sequences of different lengths, whatever backend
+the others have: what there is to choose on a GPU without trees.
 """
 
 from collections.abc import Callable, Sequence

@@ -12,7 +12,7 @@ attention_layer projections, rotary embeddings and attention, with each backend
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ def time_layers(
     rounds: int,
     autocast: torch.autocast,
     progress: Callable[[], None],
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Times each part on one pair, shared and repeated in turns.
 
     Args:
@@ -94,11 +94,10 @@ def time_layers(
         autocast (torch.autocast): the precision.
         progress (Callable[[], None]): called after each measurement.
 
-    Returns:
-        list[dict[str, Any]]: ``part, backend, prefix, completion``; medians ``shared_s`` and ``repeated_s``; their
-        ratio ``speed_up``; and ``ideal``, the ratio of the floating-point operations.
+    Yields:
+        dict[str, Any]: ``part, backend, prefix, completion``; medians ``shared_s`` and ``repeated_s``; their ratio
+        ``speed_up``; and ``ideal``, the ratio of the floating-point operations.
     """
-    found = []
     for prefix in prefix_lengths:
         for completion in completion_lengths:
             pair = one_pair(prefix, completion)
@@ -106,20 +105,17 @@ def time_layers(
                 for backend in [None] if part == "mlp" else backends:
                     runs = [_run(layer, part, backend, pair, share, device, autocast) for share in (True, False)]
                     shared, repeated = _medians_in_turns(runs, rounds, device)
-                    found.append(
-                        {
-                            "part": part,
-                            "backend": backend,
-                            "prefix": prefix,
-                            "completion": completion,
-                            "shared_s": shared,
-                            "repeated_s": repeated,
-                            "speed_up": repeated / shared,
-                            "ideal": _flops(layer, part, pair, False) / _flops(layer, part, pair, True),
-                        }
-                    )
+                    yield {
+                        "part": part,
+                        "backend": backend,
+                        "prefix": prefix,
+                        "completion": completion,
+                        "shared_s": shared,
+                        "repeated_s": repeated,
+                        "speed_up": repeated / shared,
+                        "ideal": _flops(layer, part, pair, False) / _flops(layer, part, pair, True),
+                    }
                     progress()
-    return found
 
 
 def _run(

@@ -1,7 +1,7 @@
 """How time grows with the tokens of a Row and with the examples of a data set."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -32,7 +32,7 @@ def time_rows(
     num_tokens: Sequence[int],
     autocast: torch.autocast,
     progress: Callable[[], None],
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Times masks, attention and a whole forward and backward pass at several Row lengths.
 
     Args:
@@ -42,8 +42,8 @@ def time_rows(
         autocast (torch.autocast): the precision.
         progress (Callable[[], None]): called after each length.
 
-    Returns:
-        list[dict[str, Any]]: ``tokens, chains_mask_s, block_mask_s, attention_s, step_s, attention_flops, step_flops``.
+    Yields:
+        dict[str, Any]: ``tokens, chains_mask_s, block_mask_s, attention_s, step_s, attention_flops, step_flops``.
     """
     pair = one_pair(*_EXAMPLE)
     size = TreeSizes.of([PrefixTree.from_responses(pair).size])
@@ -51,20 +51,16 @@ def time_rows(
     options = RowOptions(round_length=rounding_of(model.attention_backend))
     attn = first_layer(model).attn
 
-    found = []
     for length in num_tokens:
         num_examples = length // 512
         row = Row.from_examples([pair] * num_examples, options=options).to(device)
-        found.append(
-            {
-                "tokens": length,
-                **_seconds_of_row(model, row, device, autocast, warm_up=length == min(num_tokens)),
-                "attention_flops": num_examples * 12.0 * attn.num_heads * attn.head_dim * float(size.num_visible[0]),
-                "step_flops": num_examples * flops_of_one,
-            }
-        )
+        yield {
+            "tokens": length,
+            **_seconds_of_row(model, row, device, autocast, warm_up=length == min(num_tokens)),
+            "attention_flops": num_examples * 12.0 * attn.num_heads * attn.head_dim * float(size.num_visible[0]),
+            "step_flops": num_examples * flops_of_one,
+        }
         progress()
-    return found
 
 
 def _seconds_of_row(
@@ -111,7 +107,7 @@ def _seconds_of_row(
     return {**seconds, "step_s": timed(step)}
 
 
-def time_examples(num_examples: Sequence[int], pack_len: int, progress: Callable[[], None]) -> list[dict[str, Any]]:
+def time_examples(num_examples: Sequence[int], pack_len: int, progress: Callable[[], None]) -> Iterator[dict[str, Any]]:
     """Times planning an epoch, opening a tokenized data set, and building Rows.
 
     Args:
@@ -119,8 +115,8 @@ def time_examples(num_examples: Sequence[int], pack_len: int, progress: Callable
         pack_len (int): maximum number of tokens in a Row.
         progress (Callable[[], None]): called after each number.
 
-    Returns:
-        list[dict[str, Any]]: ``examples, plan_s, open_s, load_s``; the last is the time of a step's Rows.
+    Yields:
+        dict[str, Any]: ``examples, plan_s, open_s, load_s``; the last is the time of a step's Rows.
     """
     lengths = draw_lengths("hh", _DIFFERENT_EXAMPLES, longest=pack_len // 2)
     lines = [
@@ -133,7 +129,6 @@ def time_examples(num_examples: Sequence[int], pack_len: int, progress: Callable
         for pair in make_pairs(lengths, vocab_size=1000)
     ]
     table = pa.Table.from_pylist(lines, schema=FEATURES.arrow_schema)
-    found = []
     for count in num_examples:
         repeated = datasets.Dataset(pa.concat_tables([table] * (count // _DIFFERENT_EXAMPLES)))
         start = time.perf_counter()
@@ -154,13 +149,10 @@ def time_examples(num_examples: Sequence[int], pack_len: int, progress: Callable
         num_steps = min(_STEPS_LOADED, len(epoch))
         for _ in range(num_steps):
             next(steps)
-        found.append(
-            {
-                "examples": count,
-                "open_s": opened - start,
-                "plan_s": planned - opened,
-                "load_s": (time.perf_counter() - planned) / num_steps,
-            }
-        )
+        yield {
+            "examples": count,
+            "open_s": opened - start,
+            "plan_s": planned - opened,
+            "load_s": (time.perf_counter() - planned) / num_steps,
+        }
         progress()
-    return found

@@ -20,6 +20,7 @@ from prefix_sharing.config import explained, instantiate
 from prefix_sharing.distributed import device_mesh, local_part, shard, sync_gradients
 from prefix_sharing.hosts import TreeModel
 from prefix_sharing.run.kl import loss_of_row
+from prefix_sharing.run.optimization import weights_cast_once
 from prefix_sharing.run.setup import build_loss, build_model, compute_dtype
 from prefix_sharing.torch_private import (
     FakeStore,
@@ -127,10 +128,11 @@ def peak_memory_estimate(cfg: DictConfig, world_size: int) -> Iterator[Callable[
                 row = row.map_tensors(fake.from_tensor)
                 tracker = _tracker(model, optimizer, sharded)
                 with tracker:
-                    take_row(row, is_last=False)
-                    gradients = _held_between_rows(tracker)
-                    tracker.reset_mod_stats()
-                    take_row(row, is_last=True)
+                    with weights_cast_once(_CPU):
+                        take_row(row, is_last=False)
+                        gradients = _held_between_rows(tracker) if sharded else 0
+                        tracker.reset_mod_stats()
+                        take_row(row, is_last=True)
                     _update(optimizer, [local_part(p.grad) for p in model.trainable_parameters() if p.grad is not None])
                     model.zero_grad(set_to_none=True)
             return _by_kind(_snapshot(tracker, "peak"), gradients)

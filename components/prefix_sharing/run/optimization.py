@@ -1,5 +1,6 @@
-"""Parts of an optimizer step that need care: random numbers and the gradient's norm."""
+"""Parts of an optimizer step that need care: random numbers, casts of weights and the gradient's norm."""
 
+import contextlib
 import logging
 
 import numpy as np
@@ -42,6 +43,22 @@ def seed_step(seed: int, step: int) -> None:
     """
     state = np.random.SeedSequence([seed, step, this_rank().rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
+
+
+def weights_cast_once(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Within it autocast casts each weight at most once, however many forward passes there are.
+
+    Autocast forgets its casts when the outermost context ends, and one that casts nothing itself is an outermost
+    context, too. Weights must not change meanwhile, and a pass without gradients does not belong here: a cast that it
+    makes has none for later ones either.
+
+    Args:
+        device (torch.device): where the model runs.
+
+    Returns:
+        contextlib.AbstractContextManager[None]: the context.
+    """
+    return torch.autocast(device.type, enabled=False)
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float | None) -> torch.Tensor:

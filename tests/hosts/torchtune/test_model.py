@@ -113,14 +113,14 @@ def test_gemma2_is_refused_by_a_backend_that_cannot_cap_scores():
 
 
 def test_chunked_projection_changes_nothing(monkeypatch):
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 3 * VOCAB)
+    monkeypatch.setattr(scoring, "chunk_size", lambda vocab_size: 3)
     tokens = torch.randint(0, VOCAB, (3, 12)).tolist()
     row_examples = [[response([5, 6, *t], [0, 1, *[1] * 12]) for t in tokens]]
     assert_equals_plain("llama3", "chains", "fp64", row_examples, share_prefix=True, padding=0)
 
 
 def test_chunked_projection_keeps_the_logits_of_the_last_chunk_only(monkeypatch):
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 4 * VOCAB)
+    monkeypatch.setattr(scoring, "chunk_size", lambda vocab_size: 4)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         _, tree = models("llama3", "chains", "fp32")
