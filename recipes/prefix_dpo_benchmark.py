@@ -190,17 +190,16 @@ class PrefixDPOBenchmark:
         cfg, own = self.cfg, self.paired.name
         found = {own: paired_format(self.paired, self.device, batch_size=cfg.batch_size)}
         options = {"batch_size": cfg.batch_size, "beta": cfg.beta}
-        of_rows = functools.partial(row_formats, self.model, device=self.device, pack_len=cfg.pack_len, **options)
-        found |= of_rows(self.tree)
+        found |= row_formats(self.model, self.tree, self.device, pack_len=cfg.pack_len, **options)
         for name in cfg.formats:
             if name not in (*LIBRARIES, *found, *SOMETIMES):
                 known = ", ".join((*found, *SOMETIMES))
                 raise ConfigError("formats", f"unknown format '{name}'; choose from {known}")
         if "paired_packed_varlen" in cfg.formats:
             try:
-                on_varlen = self.new_tree(choose_attention_backend("varlen", self.device, self.dtype))
-                form = of_rows(on_varlen)["paired_packed"]
-                found["paired_packed_varlen"] = replace(form, name="paired_packed_varlen")
+                tree = self.new_tree(choose_attention_backend("varlen", self.device, self.dtype))
+                on_varlen = row_formats(self.model, tree, self.device, pack_len=cfg.pack_len, **options)
+                found["paired_packed_varlen"] = replace(on_varlen["paired_packed"], name="paired_packed_varlen")
             except ConfigError as error:
                 log.warning("formats: paired_packed_varlen is left out: %s", error)
         if "trl" in cfg.formats:

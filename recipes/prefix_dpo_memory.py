@@ -69,6 +69,7 @@ class PrefixDPOMemory:
                 "reference.precompute",
                 "False cannot be estimated; set it to True, and add the memory of a second model",
             )
+        cfg.dtype = cfg.dtype or "bf16"
         # Attention by chains keeps as much for the backward pass as by flex.
         cfg.attention_backend, cfg.flex_kernel_options, cfg.compile = "chains", None, False
 

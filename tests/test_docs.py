@@ -12,16 +12,19 @@ import yaml
 from omegaconf import OmegaConf
 
 from documents import PAGES, README, ROOT, blocks, commands, runs, runs_of, table
+from prefix_sharing.benchmark.layers import one_pair
 from prefix_sharing.config import DistributedConfig, config_names, find_config
 from prefix_sharing.config.checks import check_component
 from prefix_sharing.config.schema import ReferenceConfig
 from prefix_sharing.datasets import prefix_preference_dataset
 from prefix_sharing.datasets.forms import FORMS
+from prefix_sharing.hosts import to_tree_model
 from prefix_sharing.losses import CPOLoss, DPOLoss, KTOLoss, ORPOLoss, PlackettLuceLoss, SimPOLoss
 from prefix_sharing.quickstart import tokenizer
 from prefix_sharing.reports import mask
 from prefix_sharing.scoring import ResponseLogProbs
-from runs import SHORT, as_overrides, tune_run
+from prefix_sharing.trees import PrefixTree, TreeSizes
+from runs import SHORT, as_overrides, make_config, tune_run
 
 RECIPES, GUIDE = PAGES["recipes.md"], "\n".join(text for name, text in PAGES.items() if not name.startswith("api/"))
 SNIPPETS = blocks(PAGES["data.md"], "yaml")
@@ -83,6 +86,29 @@ def test_every_config_is_listed_and_exists():
     for run in runs(GUIDE):
         name = run[run.index("--config") + 1]
         assert name.endswith(".yaml") or name == "..." or find_config(name)
+
+
+def test_where_time_goes_is_what_is_counted(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    table = resolve_name("make_performance:tables")("llama3_2/1B_prefix_dpo_single_device", 5, 2048, 512)
+    page = " ".join(PAGES["performance.md"].split())
+    assert " ".join(table.split()) in page, "run python docs/make_performance.py"
+
+
+def test_counted_products_are_those_of_the_formula(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    count_step = resolve_name("make_performance:count_step")
+    small = {"vocab_size": 512, "num_layers": 3, "num_heads": 8, "num_kv_heads": 2, "embed_dim": 64, "max_seq_len": 512}
+    model = small | {"_component_": "torchtune.models.llama3.llama3", "intermediate_dim": 96}
+    cfg = make_config("unused", **{"model": model, "compile": False})
+    count = count_step(cfg, 3, 40, 10, share_prefix=True)
+    tree = PrefixTree.from_responses(one_pair(40, 10)).size
+    forward = to_tree_model(resolve_name(model.pop("_component_"))(**model), "chains").forward_flops(
+        TreeSizes.of([tree] * 3)
+    )
+    scores = 4 * 64 * tree.num_visible * 2 * 3  # of two layers; the last one's are not in the formula
+    assert count.costs["matrix products"].flops == 3 * (forward.sum() - scores)
+    assert count.costs["attention"].flops > 3.5 * scores
 
 
 def test_settings_are_up_to_date():

@@ -237,7 +237,9 @@ def test_a_pass_goes_on_when_the_cache_is_full(dataset, models, cache, monkeypat
 def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_key(tmp_path):
     (tmp_path / "file").write_text("")
     model = {"_component_": "torchtune.models.llama3.llama3"}
-    cfg = OmegaConf.create({"model": model, "dtype": "fp32", "reference": {"cache_dir": str(tmp_path / "file")}})
+    cfg = OmegaConf.create(
+        {"model": model, "dtype": "fp32", "compile": False, "reference": {"cache_dir": str(tmp_path / "file")}}
+    )
     with pytest.raises(UserError, match="'reference.cache_dir': .*file cannot be written: Not a directory"):
         module.open_reference_cache(cfg, Checkpoint())
 
@@ -247,6 +249,7 @@ def test_code_that_computes_something_else_is_another_key(tmp_path, monkeypatch)
         {
             "model": {"_component_": "torchtune.models.llama3.llama3"},
             "dtype": "fp32",
+            "compile": False,
             "reference": {"cache_dir": str(tmp_path)},
         }
     )

@@ -139,9 +139,9 @@ class TrainingConfig:
     # Computation
     device: str | None = None
     """``cuda`` or ``cpu``; cuda where there is one if not set."""
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    """What the layers compute in. Trained weights are always fp32; the frozen base of an adapter is kept in it on one
-    device."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """What the layers compute in; bf16 on CUDA and fp32 elsewhere if not set. Trained weights are always fp32; the
+    frozen base of an adapter is kept in it on one device."""
     self_check: Literal[True, False, "gradients"] = True
     """Before any work, whether to try on a small random model like this one that a tree gives the log-probs that
     separate sequences give; ``gradients`` compares those, too."""
@@ -152,8 +152,8 @@ class TrainingConfig:
     2.12)."""
     flex_kernel_options: dict[str, Any] | None = None
     """FlexAttention's ``kernel_options``, such as ``{BLOCK_M: 64, BLOCK_N: 64}``."""
-    compile: bool = False
-    """Whether to compile the layers."""
+    compile: bool | None = None
+    """Whether to compile the layers; on CUDA if not set."""
     clip_grad_norm: float | None = above(0, default=None)
     """Maximum norm of the gradient, to which larger ones are scaled down."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

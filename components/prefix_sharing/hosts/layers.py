@@ -6,7 +6,12 @@ import logging
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from prefix_sharing.hosts.tree_model import TreeModel
-from prefix_sharing.torch_private import apply_activation_checkpointing, attention_operators, checkpoint_wrapper
+from prefix_sharing.torch_private import (
+    apply_activation_checkpointing,
+    attention_operators,
+    checkpoint_wrapper,
+    raise_recompile_limits,
+)
 
 log = logging.getLogger(__name__)
 
@@ -18,8 +23,11 @@ def compile_layers(model: TreeModel) -> None:
         model (TreeModel): before it is checkpointed or sharded.
     """
     log.info("Compiling %d layers with torch.compile", len(model.layers))
+    # All layers share the graphs of one function, and a library that wraps each layer's forward in the same function
+    # more than once, as transformers does, comes to more than dynamo's 8.
+    raise_recompile_limits(64, accumulated=1024)
     for layer in model.layers:
-        layer.compile()
+        layer.compile(dynamic=True)  # lengths differ from Row to Row
 
 
 def checkpoint_activations(model: TreeModel, ac_mode: str) -> None:

@@ -22,8 +22,8 @@ class PlanReport:
         mean_imbalance (float): time of a step over what it would be if all ranks were equally busy at every forward
             pass, by cost, the mean over the steps.
         worst_imbalance (float): the same of the worst step.
-        row_lengths (tuple[int, ...]): the distinct Row lengths, where they are rounded for attention that is compiled
-            for each; else none.
+        row_lengths (tuple[int, ...]): the distinct Row lengths, where they are rounded for compiled attention; else
+            none.
     """
 
     num_steps: int

@@ -151,6 +151,7 @@ def open_reference_cache(cfg: DictConfig, checkpoint: Checkpoint, tail_weight: f
         "model": OmegaConf.to_container(cfg.model, resolve=True),
         "source": source_of(resolve_name(cfg.model._component_)),
         "dtype": cfg.dtype,
+        "compile": cfg.compile,  # which rounds in another order
         "tail_weight": tail_weight,
         "code": code_fingerprint("trees", "attention", "scoring.py", "hosts"),
         "torchtune": version("torchtune"),

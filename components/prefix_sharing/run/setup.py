@@ -44,7 +44,7 @@ def set_up_device(cfg: DictConfig) -> torch.device:
     """Chooses the device and checks what the config asks of it, and that ``output_dir`` can be written.
 
     Args:
-        cfg (DictConfig): the run's config.
+        cfg (DictConfig): the run's config; keys that it leaves to the device are set.
 
     Returns:
         torch.device: the device.
@@ -56,6 +56,10 @@ def set_up_device(cfg: DictConfig) -> torch.device:
         device = utils.get_device(cfg.device)
     if cfg.device is not None and device.type != torch.device(cfg.device).type:
         raise ConfigError("device", f"{cfg.device} is not available; set device=cpu or remove the key")
+    if cfg.dtype is None:
+        cfg.dtype = "bf16" if device.type == "cuda" else "fp32"
+    if cfg.compile is None:
+        cfg.compile = device.type == "cuda"
     with explained("dtype"):
         training.get_dtype(cfg.dtype, device)
     if cfg.enable_activation_offloading and device.type != "cuda":
