@@ -1,11 +1,8 @@
-"""Answers by torchtune's own generation, from torchtune's own model."""
+"""Generation from torchtune's own model, a token at a time, with its KV cache."""
 
-from collections.abc import Iterable, Sequence
-
-import numpy as np
 import torch
-from torchtune.generation import generate
-from torchtune.modules import TransformerDecoder
+from torchtune.generation import get_causal_mask_from_padding_mask
+from torchtune.modules import KVCache, TransformerDecoder, delete_kv_caches
 
 from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.hosts.torchtune.dora import leave_biases_alone
@@ -23,6 +20,7 @@ class AnswerModel:
 
     Attributes:
         model (torch.nn.Module): torchtune's model.
+        device (torch.device): where it runs.
         max_seq_len (int): maximum number of tokens in prompt and answer.
     """
 
@@ -31,48 +29,59 @@ class AnswerModel:
         leave_biases_alone(self.model)
         materialize(self.model, device)
         self.model.eval()
-        self.max_seq_len: int = self.model.max_seq_len
-        self._device, self._dtype = device, dtype
+        # With a cache, torchtune's Gemma 2 counts windows by places in the cache: right up to their size only.
+        windows = [getattr(layer.attn, "sliding_window_size", None) for layer in self.model.layers]
+        self.max_seq_len: int = min([self.model.max_seq_len, *filter(None, windows)])
+        self.device, self._dtype = device, dtype
 
     def load_weights(self, checkpoint: Checkpoint, seed: int) -> None:
         """See ``TreeModel.load_weights``."""
         load_weights(self.model, checkpoint, seed)
 
-    def answers(
-        self,
-        prompts: Iterable[np.ndarray],
-        *,
-        longest_prompt: int,
-        max_new_tokens: int,
-        temperature: float,
-        stop_tokens: Sequence[int],
-    ) -> list[np.ndarray]:
-        """Answers prompts one after the other, with a KV cache.
+    def prefill(self, tokens: torch.Tensor, is_token: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        """Begins with prompts.
 
         Args:
-            prompts (Iterable[np.ndarray]): token ids of each, shape ``[n]``.
-            longest_prompt (int): tokens in the longest.
-            max_new_tokens (int): maximum number of tokens in an answer.
-            temperature (float): of sampling; 0 takes the most likely token each time.
-            stop_tokens (Sequence[int]): tokens that end an answer.
+            tokens (torch.Tensor): their token ids, padded at the left, shape ``[P, L]``.
+            is_token (torch.Tensor): which are no padding, shape ``[P, L]``.
+            max_new_tokens (int): how many will follow at most.
 
         Returns:
-            list[np.ndarray]: token ids of each answer.
+            torch.Tensor: logits of the next token of each, shape ``[P, vocab]``.
         """
-        if not self.model.caches_are_setup():
-            with self._device:
-                self.model.setup_caches(1, self._dtype, decoder_max_seq_len=longest_prompt + max_new_tokens)
-        found = []
-        for prompt in prompts:
-            self.model.reset_caches()
-            tokens, _ = generate(
-                self.model,
-                torch.from_numpy(prompt).to(self._device),
-                max_generated_tokens=max_new_tokens,
-                pad_id=-1,  # there is no padding to be left out
-                temperature=temperature,
-                top_k=1 if temperature == 0 else None,
-                stop_tokens=list(stop_tokens),
-            )
-            found.append(tokens[0, len(prompt) :].cpu().numpy())
-        return found
+        if self.model.caches_are_setup():
+            delete_kv_caches(self.model)
+        num_prompts, length = tokens.shape
+        self._is_token = torch.nn.functional.pad(is_token, (0, max_new_tokens), value=True)
+        self._length = length
+        with self.device:
+            self.model.setup_caches(num_prompts, self._dtype, decoder_max_seq_len=length + max_new_tokens)
+        mask = get_causal_mask_from_padding_mask(is_token, target_seq_len=length + max_new_tokens)
+        return self._forward(tokens, mask, (is_token.cumsum(1) - 1).clamp(min=0))
+
+    def repeat(self, times: int) -> None:
+        """Has each sequence go on in so many ways; what was computed of it is kept, not computed again."""
+        for cache in self.model.modules():
+            if isinstance(cache, KVCache):
+                cache.k_cache, cache.v_cache = (x.repeat_interleave(times, 0) for x in (cache.k_cache, cache.v_cache))
+                cache.batch_size *= times
+        self._is_token = self._is_token.repeat_interleave(times, dim=0)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Adds a token to each sequence.
+
+        Args:
+            tokens (torch.Tensor): token ids, shape ``[B]``.
+
+        Returns:
+            torch.Tensor: logits of the next ones, shape ``[B, vocab]``.
+        """
+        self._length += 1
+        position = self._is_token[:, : self._length].sum(1, keepdim=True) - 1
+        mask = self._is_token.clone()
+        mask[:, self._length :] = False
+        return self._forward(tokens[:, None], mask[:, None], position)
+
+    @torch.no_grad()
+    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.model(tokens, mask=mask, input_pos=positions)[:, -1].float()

@@ -1,11 +1,9 @@
-"""Answers by transformers' own generation, from transformers' own model."""
+"""Generation from transformers' own model, a token at a time, with its KV cache."""
 
-from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.hosts.transformers.model import materialize
@@ -22,6 +20,7 @@ class AnswerModel:
 
     Attributes:
         model (PreTrainedModel): the model.
+        device (torch.device): where it runs.
         max_seq_len (int): maximum number of tokens in prompt and answer.
     """
 
@@ -30,46 +29,55 @@ class AnswerModel:
         materialize(model, device)
         model.eval()
         self.max_seq_len: int = model.config.max_position_embeddings
-        self._device, self._dtype = device, dtype
+        self.device, self._dtype = device, dtype
 
     def load_weights(self, checkpoint: Checkpoint, seed: int) -> None:
         """See ``TreeModel.load_weights``."""
         load_weights(self.model, checkpoint, seed)
 
-    @torch.no_grad()
-    def answers(
-        self,
-        prompts: Iterable[np.ndarray],
-        *,
-        longest_prompt: int,
-        max_new_tokens: int,
-        temperature: float,
-        stop_tokens: Sequence[int],
-    ) -> list[np.ndarray]:
-        """Answers prompts one after the other, with a KV cache; arguments as for torchtune's models.
+    def prefill(self, tokens: torch.Tensor, is_token: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        """Begins with prompts.
 
         Args:
-            prompts (Iterable[np.ndarray]): token ids of each, shape ``[n]``.
-            longest_prompt (int): not used: the cache grows.
-            max_new_tokens (int): maximum number of tokens in an answer.
-            temperature (float): of sampling; 0 takes the most likely token each time.
-            stop_tokens (Sequence[int]): tokens that end an answer.
+            tokens (torch.Tensor): their token ids, padded at the left, shape ``[P, L]``.
+            is_token (torch.Tensor): which are no padding, shape ``[P, L]``.
+            max_new_tokens (int): not used: the cache grows.
 
         Returns:
-            list[np.ndarray]: token ids of each answer.
+            torch.Tensor: logits of the next token of each, shape ``[P, vocab]``.
         """
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-        found = []
-        for prompt in prompts:
-            tokens = torch.from_numpy(prompt).to(self._device)[None]
-            with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-                output = cast(Any, self.model).generate(
-                    tokens,
-                    attention_mask=torch.ones_like(tokens),
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=list(stop_tokens) or None,
-                    pad_token_id=0,
-                    **how,
-                )
-            found.append(output[0, len(prompt) :].cpu().numpy())
-        return found
+        self._cache = DynamicCache(config=self.model.config)
+        self._is_token = is_token
+        return self._forward(tokens, (is_token.cumsum(1) - 1).clamp(min=0))
+
+    def repeat(self, times: int) -> None:
+        """Has each sequence go on in so many ways; what was computed of it is kept, not computed again."""
+        self._cache.batch_repeat_interleave(times)
+        self._is_token = self._is_token.repeat_interleave(times, dim=0)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Adds a token to each sequence.
+
+        Args:
+            tokens (torch.Tensor): token ids, shape ``[B]``.
+
+        Returns:
+            torch.Tensor: logits of the next ones, shape ``[B, vocab]``.
+        """
+        position = self._is_token.sum(1, keepdim=True)
+        self._is_token = torch.cat([self._is_token, torch.ones_like(self._is_token[:, :1])], dim=1)
+        return self._forward(tokens[:, None], position)
+
+    @torch.no_grad()
+    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        model = cast(Any, self.model)
+        with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            output = model(
+                input_ids=tokens,
+                attention_mask=self._is_token.long(),
+                position_ids=positions,
+                cache=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return output.logits[:, -1].float()

@@ -1,0 +1,96 @@
+"""Sampling by the process that trains: a prompt is computed once, and its answers go on from there side by side."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from prefix_sharing.sampling.choose import SamplingOptions, choose
+from prefix_sharing.sampling.sampler import Answer
+
+
+def draws(seed: int, prompt: str, answer: int, length: int) -> np.ndarray:
+    """The random numbers of an answer, which do not depend on what is sampled beside it, or was before.
+
+    Args:
+        seed (int): the pass's.
+        prompt (str): the prompt's key.
+        answer (int): which of its answers.
+        length (int): how many.
+
+    Returns:
+        np.ndarray: uniform in [0, 1), shape ``[length]``.
+    """
+    return np.random.default_rng([seed, answer, int(prompt, 16)]).random(length)
+
+
+def sample_answers(
+    model: Any, prompts: Sequence[np.ndarray], keys: Sequence[str], options: SamplingOptions
+) -> list[list[Answer]]:
+    """Samples answers to a few prompts, all at once.
+
+    Args:
+        model (Any): a host's ``AnswerModel``, with weights.
+        prompts (Sequence[np.ndarray]): token ids of each, shape ``[L]``.
+        keys (Sequence[str]): what decides the random numbers of each, in hexadecimal digits.
+        options (SamplingOptions): how.
+
+    Returns:
+        list[list[Answer]]: n answers to each prompt.
+    """
+    n, longest = options.num_answers, max(map(len, prompts))
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
+    is_token = torch.zeros_like(tokens, dtype=torch.bool)
+    for i, prompt in enumerate(prompts):
+        tokens[i, longest - len(prompt) :] = torch.from_numpy(prompt)
+        is_token[i, longest - len(prompt) :] = True
+    numbers = np.stack([draws(options.seed, key, k, options.max_new_tokens) for key in keys for k in range(n)])
+    uniform = torch.from_numpy(numbers).to(model.device)
+    stop = torch.tensor(options.stop_tokens, dtype=torch.long, device=model.device)
+
+    logits = model.prefill(tokens.to(model.device), is_token.to(model.device), options.max_new_tokens)
+    logits = logits.repeat_interleave(n, dim=0)
+    model.repeat(n)
+    ended = torch.zeros(len(prompts) * n, dtype=torch.bool, device=model.device)
+    chosen, log_probs, lengths = [], [], torch.zeros(len(ended), dtype=torch.long, device=model.device)
+    for t in range(options.max_new_tokens):
+        distribution = logits.log_softmax(-1)
+        token = choose(distribution, uniform[:, t], options)
+        chosen.append(token)
+        log_probs.append(distribution.gather(1, token[:, None])[:, 0])
+        lengths += ~ended
+        ended |= torch.isin(token, stop)
+        if t + 1 == options.max_new_tokens or ended.all():
+            break
+        logits = model.step(token)
+    all_tokens, all_log_probs = torch.stack(chosen, 1).cpu().numpy(), torch.stack(log_probs, 1).cpu().double().numpy()
+    answers = [
+        Answer(row[:length], float(row_log_probs[:length].sum()), bool(has_ended))
+        for row, row_log_probs, length, has_ended in zip(
+            all_tokens, all_log_probs, lengths.tolist(), ended.tolist(), strict=True
+        )
+    ]
+    return [answers[i : i + n] for i in range(0, len(answers), n)]
+
+
+def in_batches(lengths: Sequence[int], options: SamplingOptions, tokens_at_once: int) -> Iterator[list[int]]:
+    """Batches of prompts that are alike in length, the longest first.
+
+    Args:
+        lengths (Sequence[int]): tokens of each prompt.
+        options (SamplingOptions): how many tokens may follow.
+        tokens_at_once (int): tokens of a batch with all of its answers; a prompt that is longer is one of its own.
+
+    Yields:
+        list[int]: indices of prompts.
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[batch[0]] if batch else lengths[i]
+        if batch and (len(batch) + 1) * options.num_answers * (longest + options.max_new_tokens) > tokens_at_once:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
