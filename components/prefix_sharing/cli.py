@@ -32,6 +32,7 @@ RECIPES = {
     "prefix_dpo_single_device": False,
     "prefix_dpo_distributed": True,
     "prefix_dpo_stats": False,
+    "prefix_dpo_online": False,
     "prefix_dpo_memory": False,
     "prefix_dpo_answers": False,
     "prefix_dpo_benchmark": False,

@@ -33,7 +33,7 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-def attend(row, at_predictors):
+def attend(row, at_predictors, **kwargs):
     mask = FlexMask(row, at_predictors=at_predictors)
     mask._on_cuda = True  # which decides how it is compiled
     num_queries, num_keys = mask.block_mask.seq_lengths
@@ -42,7 +42,7 @@ def attend(row, at_predictors):
             torch.empty(1, heads, length, HEAD_DIM, device="meta", requires_grad=needs_grad)
             for heads, length in ((HEADS, num_queries), (KV_HEADS, num_keys), (KV_HEADS, num_keys))
         )
-        mask.attend(q, k, v)
+        mask.attend(q, k, v, **kwargs)
 
 
 def test_a_handful_of_graphs_serve_rows_of_all_lengths(graphs):
@@ -57,3 +57,13 @@ def test_a_handful_of_graphs_serve_rows_of_all_lengths(graphs):
             attend(row, at_predictors)
     assert len(shapes) > 100
     assert len(graphs) <= 8
+
+
+def test_capped_scores_are_compiled_whole(graphs):
+    pairs = make_pairs(draw_lengths("capybara", 6), vocab_size=100)
+    torch._dynamo.utils.counters.clear()
+    for pair in pairs:
+        row = Row.from_examples([pair], options=RowOptions(round_length=rounding_of("flex")))
+        attend(row.map_tensors(lambda t: t.to("meta")), False, softcap=50.0)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert 0 < len(graphs) <= 4

@@ -70,7 +70,7 @@ class FlexMask(TreeMask):
             q,
             k,
             v,
-            score_mod=None if softcap is None else _capped_at(softcap),
+            score_mod=None if softcap is None else _capped_at(softcap, q.device),
             block_mask=self.block_mask,
             scale=scale,
             enable_gqa=True,
@@ -79,10 +79,12 @@ class FlexMask(TreeMask):
 
 
 @functools.cache
-def _capped_at(softcap: float) -> Callable[..., torch.Tensor]:
+def _capped_at(softcap: float, device: torch.device) -> Callable[..., torch.Tensor]:
     """The same function each time, so that attention is not compiled anew."""
+    # A number would become a symbol where lengths are, and the backward would not be compiled at all.
+    most = torch.tensor(softcap, device=device)
 
     def capped(score: torch.Tensor, *indices: torch.Tensor) -> torch.Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return most * torch.tanh(score / most)
 
     return capped

@@ -26,6 +26,10 @@ COMPONENTS = (
     "lr_scheduler",
     "metric_logger",
     "profiler",
+    "prompts",
+    "prompts_val",
+    "sampler",
+    "judge",
 )
 """The keys that name a component with ``_component_``."""
 

@@ -1,7 +1,17 @@
 """Sampling answers to prompts."""
 
 from prefix_sharing.sampling.choose import SamplingOptions, choose
-from prefix_sharing.sampling.in_process import in_batches, sample_answers
-from prefix_sharing.sampling.sampler import Answer, Prompt, Sampler
+from prefix_sharing.sampling.in_process import in_batches, in_process_sampler, sample_answers
+from prefix_sharing.sampling.sampler import Answer, Policy, Prompt, Sampler
 
-__all__ = ["Answer", "Prompt", "Sampler", "SamplingOptions", "choose", "in_batches", "sample_answers"]
+__all__ = [
+    "Answer",
+    "Policy",
+    "Prompt",
+    "Sampler",
+    "SamplingOptions",
+    "choose",
+    "in_batches",
+    "in_process_sampler",
+    "sample_answers",
+]

@@ -6,8 +6,46 @@ from typing import Any
 import numpy as np
 import torch
 
+from prefix_sharing.errors import UserError
+from prefix_sharing.hosts import build_answer_model
 from prefix_sharing.sampling.choose import SamplingOptions, choose
-from prefix_sharing.sampling.sampler import Answer
+from prefix_sharing.sampling.sampler import Answer, Policy, Prompt, Sampler
+
+
+def in_process_sampler(policy: Policy, tokens_at_once: int = 16384) -> Sampler:
+    """Samples in the process that trains, on its device, for a config.
+
+    Args:
+        policy (Policy): whose answers.
+        tokens_at_once (int): tokens of a batch, prompts counted once for each answer: higher is faster and takes more
+            memory. Default: 16384.
+
+    Returns:
+        Sampler: the sampler.
+
+    Example:
+        .. code-block:: yaml
+
+            sampler:
+              _component_: prefix_sharing.sampling.in_process_sampler
+              tokens_at_once: 65536
+    """
+    model = build_answer_model(policy.model, policy.device, policy.dtype)
+    model.load_weights(policy.checkpoint, policy.seed)
+
+    def sample(prompts: Sequence[Prompt], options: SamplingOptions) -> Iterator[tuple[int, list[Answer]]]:
+        longest = max((len(prompt.tokens) for prompt in prompts), default=0) + options.max_new_tokens
+        if longest > model.max_seq_len:
+            raise UserError(
+                f"{options.max_new_tokens} tokens after the longest prompt make {longest:,}, but the model takes "
+                f"{model.max_seq_len:,}; lower max_new_tokens or prompts.max_prompt_len."
+            )
+        for batch in in_batches([len(prompt.tokens) for prompt in prompts], options, tokens_at_once):
+            some = [prompts[i] for i in batch]
+            answers = sample_answers(model, [p.tokens for p in some], [p.key for p in some], options)
+            yield from zip(batch, answers, strict=True)
+
+    return sample
 
 
 def draws(seed: int, prompt: str, answer: int, length: int) -> np.ndarray:

@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
+from omegaconf import DictConfig
 
+from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.sampling.choose import SamplingOptions
-from prefix_sharing.tokenizers import Turn
+from prefix_sharing.tokenizers import ChatTokenizer, Turn
 
 
 class Answer(NamedTuple):
@@ -40,8 +44,31 @@ class Prompt:
     tokens: np.ndarray
 
 
+@dataclass(frozen=True)
+class Policy:
+    """Whose answers are sampled.
+
+    Attributes:
+        model (DictConfig): the config's ``model``.
+        checkpoint (Checkpoint): its weights.
+        directory (Path | None): where they are, as its library writes them; None for what a run begins with.
+        tokenizer (ChatTokenizer): its tokenizer.
+        device (torch.device): where a model may run.
+        dtype (torch.dtype): what it is to compute in.
+        seed (int): decides weights that the checkpoint lacks, those of a fresh adapter.
+    """
+
+    model: DictConfig
+    checkpoint: Checkpoint
+    directory: Path | None
+    tokenizer: ChatTokenizer
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+
+
 class Sampler(Protocol):
-    """Samples answers."""
+    """Samples answers. Built by a config's ``sampler``, which gets the ``Policy`` as its first argument."""
 
     def __call__(self, prompts: Sequence[Prompt], options: SamplingOptions) -> Iterator[tuple[int, list[Answer]]]:
         """Samples n answers to each prompt.

@@ -1,0 +1,7 @@
+"""Rounds of sampling, judging and training."""
+
+from prefix_sharing.online.dataset import sampled_preference_dataset
+from prefix_sharing.online.prompts import make_prompts, prompt_dataset
+from prefix_sharing.online.tables import RoundTable, read_rows, row_of
+
+__all__ = ["RoundTable", "make_prompts", "prompt_dataset", "read_rows", "row_of", "sampled_preference_dataset"]

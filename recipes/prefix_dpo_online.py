@@ -1,0 +1,308 @@
+"""Online preference tuning: sample answers, have them judged, train on the judged answers, again.
+
+    tune run prefix_dpo_online --config quickstart/online
+
+A round takes ``prompts_per_round`` prompts. The policy gives each ``num_answers`` answers, the judge scores them, and
+the policy is trained on them with every prompt computed once, by ``prefix_dpo_single_device``'s own loop. After it the
+held-out prompts are answered and judged. Everything of round k is in ``round_k`` below ``output_dir``; what is whole
+there is not done again, so that a run that was stopped at any moment goes on when it is started again.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from omegaconf import MISSING, DictConfig, OmegaConf
+from tqdm import tqdm
+
+from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
+from prefix_sharing.checkpoint import Checkpoint
+from prefix_sharing.config import TrainingConfig, at_least, component_name, instantiate, parse
+from prefix_sharing.errors import ConfigError, UserError
+from prefix_sharing.fingerprint import fingerprint
+from prefix_sharing.hosts import load_checkpoint, load_trained_checkpoint
+from prefix_sharing.online import RoundTable, read_rows, row_of
+from prefix_sharing.online.held_out import HeldOut, compare
+from prefix_sharing.reference import fingerprint_reference
+from prefix_sharing.reports.online import describe_rounds, plot_rounds, write_answers
+from prefix_sharing.run import set_up_device, set_up_logging
+from prefix_sharing.run.directory import locked_output_dir
+from prefix_sharing.run.optimization import choose_seed
+from prefix_sharing.run.setup import compute_dtype
+from prefix_sharing.run.signals import stop_signals
+from prefix_sharing.sampling import Policy, Prompt, SamplingOptions
+
+log = logging.getLogger("prefix_sharing.recipe")
+
+_JUDGED_AT_ONCE = 64
+"""Prompts whose scores are written down together."""
+
+
+@dataclass
+class OnlineConfig(TrainingConfig):
+    """Every key of ``prefix_dpo_online``: those of a training config but ``dataset``, and a few more."""
+
+    dataset: Any = None
+    """Not used: each round makes its own."""
+    prompts: Any = MISSING
+    """Builds the prompts, ``prefix_sharing.online.prompt_dataset``; gets the tokenizer as its first argument."""
+    prompts_val: Any = MISSING
+    """Builds the held-out prompts, likewise."""
+    sampler: Any = MISSING
+    """Samples answers: ``prefix_sharing.sampling.in_process_sampler``."""
+    judge: Any = MISSING
+    """Scores answers: one of ``prefix_sharing.judging``."""
+    rounds: int = at_least(1, default=1)
+    """How often to sample, judge and train."""
+    prompts_per_round: int | None = at_least(1, default=None)
+    """Prompts of a round; all of them if not set. Rounds take them by turns, in a seeded order."""
+    num_answers: int = at_least(2, default=5)
+    """Answers to each prompt."""
+    num_answers_val: int = at_least(1, default=1)
+    """Answers to each held-out prompt."""
+    max_new_tokens: int = at_least(1, default=256)
+    """Maximum number of tokens in an answer."""
+    temperature: float = at_least(0, default=1.0)
+    """Of sampling; 0 takes the most likely token each time."""
+    top_k: int | None = at_least(1, default=None)
+    """Samples from the k most likely tokens only."""
+    top_p: float = at_least(0, default=1.0)
+    """Samples from the most likely tokens only that together have this probability."""
+    stop: list[str] | None = None
+    """Texts of tokens that end an answer, beside the tokenizer's own."""
+    pairs: Literal["best_vs_worst", "best_vs_rest", "adjacent", "all"] = "best_vs_worst"
+    """Which of a prompt's answers are compared."""
+    online_reference: Literal["first", "previous"] = "first"
+    """The reference model: the policy that the run began with, or the one that the round begins with."""
+    stop_when_worse: bool = False
+    """Whether to stop after a round that lowers the judged mean on held-out prompts."""
+    num_shown: int = at_least(0, default=8)
+    """Held-out prompts whose answers are written to each round's ``answers.md``."""
+
+
+class RoundOfTraining(PrefixDPORecipeSingleDevice):
+    """The training of a round: as any, but it begins with what the round before has trained.
+
+    Args:
+        cfg (DictConfig): a training config.
+        device (torch.device): where the model runs.
+        checkpoint (Checkpoint | None): the weights to begin with. None for the checkpointer's.
+    """
+
+    def __init__(self, cfg: DictConfig, device: torch.device, checkpoint: Checkpoint | None) -> None:
+        super().__init__(cfg, device)
+        self.begins_with = checkpoint
+
+    def load_checkpoint(self) -> tuple[Any, Checkpoint]:
+        """What writes checkpoints, and the weights to begin with."""
+        checkpointer, checkpoint = super().load_checkpoint()
+        return checkpointer, checkpoint if self.begins_with is None else self.begins_with
+
+
+class PrefixDPOOnline:
+    """Improves a policy by its own judged answers.
+
+    Args:
+        cfg (DictConfig): the keys of ``OnlineConfig``.
+        device (torch.device): where models run.
+
+    Raises:
+        ConfigError: if a key asks for something that is not available.
+    """
+
+    def __init__(self, cfg: DictConfig, device: torch.device) -> None:
+        if cfg.dataset is not None or cfg.dataset_val is not None:
+            raise ConfigError("dataset", "not used: prompts and prompts_val are what a round is made of; remove it")
+        self.cfg, self.device = cfg, device
+        self.output_dir = Path(cfg.output_dir)
+        self.seed = choose_seed(cfg.seed)
+        self.tokenizer = instantiate("tokenizer", cfg.tokenizer)
+        self.judge = instantiate("judge", cfg.judge)
+        self.prompts: list[Prompt] = instantiate("prompts", cfg.prompts, self.tokenizer)
+        self.prompts_val: list[Prompt] = instantiate("prompts_val", cfg.prompts_val, self.tokenizer)
+        per_round = cfg.prompts_per_round or len(self.prompts)
+        if per_round > len(self.prompts):
+            raise ConfigError("prompts_per_round", f"is {per_round:,}, but there are {len(self.prompts):,} prompts")
+        order = np.random.default_rng([self.seed, 0]).permutation(len(self.prompts))
+        # Rounds go through the prompts in one order, and through it again when it is at its end.
+        places = [np.arange(k * per_round, (k + 1) * per_round) % len(order) for k in range(cfg.rounds)]
+        self.prompts_of = [[self.prompts[i] for i in order[place]] for place in places]
+
+    def run(self) -> None:
+        """Every round that is not done yet."""
+        cfg = self.cfg
+        answered = self.answer_held_out(-1)
+        first = before = HeldOut.of_rows(answered)
+        metrics = [compare(first, first, first)]
+        shown = {"first policy": answered}
+        for number in range(cfg.rounds):
+            self.train(number)
+            answered = self.answer_held_out(number)
+            new = HeldOut.of_rows(answered)
+            metrics.append(compare(new, before, first) | self.describe_pairs(number))
+            log.info("Round %d:\n%s", number, describe_rounds(metrics))
+            plot_rounds(metrics, f"{component_name(cfg.model)}, judged by {component_name(cfg.judge)}", self.picture)
+            policies = {**shown, f"after round {number}": answered}
+            title = f"Answers after round {number}"
+            write_answers(self.directory(number) / "answers.md", title, policies, cfg.num_shown)
+            self.warn_of_length(metrics[-1])
+            if cfg.stop_when_worse and metrics[-1]["score"] < metrics[-2]["score"]:
+                log.warning("The judged mean has fallen; round %d was the last (stop_when_worse)", number)
+                break
+            before = new
+        print(describe_rounds(metrics))
+        log.info("Rounds are in %s, their picture in %s", self.output_dir, self.picture)
+
+    @property
+    def picture(self) -> Path:
+        """Where the picture goes."""
+        return self.output_dir / "rounds.png"
+
+    def directory(self, number: int) -> Path:
+        """Where a round is; the first policy's held-out answers are in ``first_policy``."""
+        directory = self.output_dir / ("first_policy" if number < 0 else f"round_{number}")
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+    def training_config(self, number: int) -> DictConfig:
+        """The config of a round's training, which any recipe of this package's takes."""
+        directory = str(self.directory(number))
+        cfg = OmegaConf.create({key: self.cfg._get_node(key) for key in TrainingConfig.__dataclass_fields__})
+        cfg.output_dir = cfg.checkpointer.output_dir = directory
+        if "log_dir" in cfg.metric_logger:
+            cfg.metric_logger.log_dir = f"{directory}/logs"
+        cfg.dataset = {
+            "_component_": "prefix_sharing.online.sampled_preference_dataset",
+            "data_files": f"{directory}/scores.parquet",
+            "pairs": self.cfg.pairs,
+        }
+        cfg.seed, cfg.resume = self.seed + number, "auto"
+        if number > 0 and self.cfg.online_reference == "first" and cfg.ref_checkpointer is None:
+            cfg.ref_checkpointer = self.cfg.checkpointer
+        return cfg
+
+    def checkpoint_after(self, number: int) -> tuple[Checkpoint, Path | None]:
+        """The policy after a round, -1 for the one that the run begins with, and its directory."""
+        cfg = self.cfg
+        if number < 0:
+            return load_checkpoint("checkpointer", cfg.checkpointer, adapter=cfg.adapter_checkpoint)[1], None
+        node = self.training_config(number).checkpointer
+        found = load_trained_checkpoint("checkpointer", node, epoch=cfg.epochs - 1)
+        return found, Path(node.output_dir) / f"epoch_{cfg.epochs - 1}"
+
+    def train(self, number: int) -> None:
+        """Trains on the judged answers of a round, unless that is done."""
+        cfg = self.training_config(number)
+        if (Path(cfg.output_dir) / f"epoch_{cfg.epochs - 1}").is_dir():
+            return
+        checkpoint, directory = self.checkpoint_after(number - 1)
+        self.sample_and_judge(number, checkpoint, directory)
+        recipe = RoundOfTraining(cfg, self.device, None if number == 0 else checkpoint)
+        with locked_output_dir(cfg):
+            try:
+                recipe.setup()
+                with stop_signals() as stop:
+                    recipe.train(stop)
+            finally:
+                recipe.cleanup()
+
+    def sample_and_judge(self, number: int, checkpoint: Checkpoint, directory: Path | None) -> None:
+        """Leaves a round's judged answers in its ``scores.parquet``."""
+        seed = int(np.random.SeedSequence([self.seed, 1, number]).generate_state(1)[0])
+        options = self.sampling_options(self.cfg.num_answers, seed)
+        where = self.directory(number)
+        self.judged_answers(self.prompts_of[number], options, checkpoint, directory, where)
+
+    def answer_held_out(self, number: int) -> list[dict[str, Any]]:
+        """The judged answers of a policy to the held-out prompts, with the same random numbers for every policy."""
+        options = self.sampling_options(self.cfg.num_answers_val, self.seed)
+        where = self.directory(number) / "held_out"
+        return self.judged_answers(self.prompts_val, options, *self.checkpoint_after(number), where)
+
+    def sampling_options(self, num_answers: int, seed: int) -> SamplingOptions:
+        """How a pass samples."""
+        cfg = self.cfg
+        stop = [*self.tokenizer.stop_tokens]
+        for text in cfg.stop or ():
+            tokens = self.tokenizer.encode(text, add_bos=False, add_eos=False)
+            if len(tokens) != 1:
+                raise ConfigError("stop", f"'{text}' is {len(tokens)} tokens; a text that ends an answer must be one")
+            stop += tokens
+        return SamplingOptions(
+            num_answers, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, tuple(dict.fromkeys(stop)), seed
+        )
+
+    def judged_answers(
+        self,
+        prompts: Sequence[Prompt],
+        options: SamplingOptions,
+        checkpoint: Checkpoint,
+        directory: Path | None,
+        where: Path,
+    ) -> list[dict[str, Any]]:
+        """Samples and judges what is not sampled and judged yet; the rows of ``scores.parquet``."""
+        cfg = self.cfg
+        keys = [prompt.key for prompt in prompts]
+        policy = fingerprint_reference(checkpoint.weights, {"seed": self.seed}, checkpoint.adapter)
+        made_by = {"policy": policy, "prompts": fingerprint(keys), "options": repr(options)}
+        judge: Any = OmegaConf.to_container(cfg.judge, resolve=True)
+        scored = RoundTable(where / "scores.parquet", made_by | {"judge": judge})
+        if scored.is_whole:
+            return scored.rows()
+        answers = RoundTable(where / "answers.parquet", made_by)
+        if not answers.is_whole:
+            done = {row["key"] for row in answers.rows()}
+            left = [prompt for prompt in prompts if prompt.key not in done]
+            sample = instantiate(
+                "sampler",
+                cfg.sampler,
+                Policy(cfg.model, checkpoint, directory, self.tokenizer, self.device, compute_dtype(cfg), self.seed),
+            )
+            for i, found in tqdm(sample(left, options), total=len(left), desc=f"Sampling, {where}", unit="prompt"):
+                answers.add([row_of(left[i], found, self.tokenizer)])
+        rows = answers.finish(keys)
+        done = {row["key"] for row in scored.rows()}
+        left_rows = [row for row in rows if row["key"] not in done]
+        turns_of = {prompt.key: prompt.turns for prompt in prompts}
+        for start in tqdm(range(0, len(left_rows), _JUDGED_AT_ONCE), desc=f"Judging, {where}", unit="batch"):
+            some = left_rows[start : start + _JUDGED_AT_ONCE]
+            verdicts = self.judge([turns_of[row["key"]] for row in some], [row["texts"] for row in some])
+            scored.add([row | {"scores": scores.tolist()} for row, scores in zip(some, verdicts, strict=True)])
+        found_rows = scored.finish(keys)
+        if not any(np.isfinite(row["scores"]).any() for row in found_rows):
+            raise UserError(f"judge {component_name(cfg.judge)} gave no verdict on any answer of {where}.")
+        return found_rows
+
+    def describe_pairs(self, number: int) -> dict[str, float]:
+        """What became of a round's answers: the share of prompts whose answers all have one score."""
+        scores = np.array([row["scores"] for row in read_rows(self.directory(number) / "scores.parquet")])
+        return {"share_tied": float(np.mean(np.nanmax(scores, axis=1) == np.nanmin(scores, axis=1)))}
+
+    def warn_of_length(self, metrics: dict[str, float]) -> None:
+        """Says so where answers have become better mostly by becoming longer."""
+        gain, at_equal_length = metrics["score_gain"], metrics["length_controlled_gain"]
+        if gain > 0 and at_equal_length < gain / 2:
+            log.warning(
+                "Answers score %.3f more than the first policy's, but %.3f of it is by their length "
+                "(%.0f tokens on average).",
+                gain,
+                gain - at_equal_length,
+                metrics["answer_length"],
+            )
+
+
+@parse(OnlineConfig)
+def recipe_main(cfg: DictConfig) -> None:
+    """Runs the recipe with a config and ``key=value`` overrides."""
+    set_up_logging()
+    device = set_up_device(cfg)
+    with locked_output_dir(cfg):
+        PrefixDPOOnline(cfg, device).run()
+
+
+if __name__ == "__main__":
+    recipe_main()

@@ -1,0 +1,199 @@
+"""Rounds of sampling, judging and training: they improve a policy, and go on wherever they were stopped."""
+
+import itertools
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+import prefix_dpo_online
+from prefix_dpo_online import OnlineConfig, PrefixDPOOnline
+from prefix_sharing.config import check_config, find_config
+from prefix_sharing.errors import UserError
+from prefix_sharing.online import RoundTable, read_rows
+from prefix_sharing.run import set_up_device
+from runs import tune_run
+
+SMALL = {
+    "prompts.num_prompts": 24,
+    "prompts_val.num_prompts": 8,
+    "prompts_per_round": 12,
+    "num_answers": 3,
+    "num_answers_val": 2,
+    "max_new_tokens": 6,
+    "rounds": 2,
+    "batch_size": 4,
+    "num_workers": 0,
+    "self_check": False,
+    "save_every_n_steps": 1,
+    "sampler.tokens_at_once": 2000,
+}
+
+
+def make_run(directory, **overrides):
+    cfg = OmegaConf.load(find_config("quickstart/online"))
+    for key, value in (SMALL | {"output_dir": str(directory)} | overrides).items():
+        OmegaConf.update(cfg, key, value)
+    cfg = check_config(cfg, OnlineConfig)
+    return PrefixDPOOnline(cfg, set_up_device(cfg))
+
+
+def results(directory):
+    """Weights and tables of all rounds."""
+    weights = {
+        file.parent.parent.name: load_file(file) for file in sorted(directory.glob("round_*/epoch_0/*.safetensors"))
+    }
+    files = [file for part in ("first_policy", "round_*") for file in directory.glob(f"{part}/**/*.parquet")]
+    tables = {str(file.relative_to(directory)): read_rows(file) for file in files if "reference" not in str(file)}
+    return weights, tables
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole")
+    make_run(directory).run()
+    return results(directory)
+
+
+def assert_same(found, expected):
+    (weights, tables), (expected_weights, expected_tables) = found, expected
+    assert weights.keys() == expected_weights.keys() == {"round_0", "round_1"}
+    assert tables.keys() == expected_tables.keys()
+    for file, rows in expected_tables.items():
+        for row, expected in zip(tables[file], rows, strict=True):
+            # Sums are rounded as those beside them have it.
+            assert row.pop("log_probs") == pytest.approx(expected["log_probs"], rel=1e-5)
+            assert row == {key: value for key, value in expected.items() if key != "log_probs"}, file
+    for name, tensors in expected_weights.items():
+        for tensor_name, tensor in tensors.items():
+            torch.testing.assert_close(weights[name][tensor_name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_every_round_leaves_its_answers_scores_and_policy(tmp_path, pictures):
+    make_run(tmp_path).run()
+    names = {"answers.parquet", "scores.parquet", "answers.md", "epoch_0", "held_out", "logs", "checkpoints"}
+    for k in range(2):
+        assert names <= {file.name for file in (tmp_path / f"round_{k}").iterdir()}
+    rows = read_rows(tmp_path / "round_0" / "scores.parquet")
+    assert [len(row["answers"]) for row in rows] == [3] * 12
+    assert all(0 <= score <= 1 for row in rows for score in row["scores"])
+    assert (tmp_path / "rounds.png").read_bytes().startswith(b"\x89PNG")
+    shown = (tmp_path / "round_1" / "answers.md").read_text()
+    assert "**first policy**, score 0." in shown
+    assert "**after round 1**" in shown
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "calls"),
+    [
+        (RoundTable, "add", 3),  # in sampling
+        (RoundTable, "add", 18),
+        (RoundTable, "finish", 3),  # between sampling and judging
+        (RoundTable, "finish", 6),
+        (prefix_dpo_online.RoundOfTraining, "save_state", 2),  # in training
+        (prefix_dpo_online.RoundOfTraining, "save_state", 5),
+        (prefix_dpo_online.RoundOfTraining, "cleanup", 1),  # behind it
+        (prefix_dpo_online, "write_answers", 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_run_that_was_stopped_anywhere_comes_to_the_same(tmp_path, monkeypatch, whole, target, name, calls):
+    count, original = itertools.count(1), getattr(target, name)
+
+    def stopped_at_last(*args, **kwargs):
+        if next(count) == calls:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as context:
+        context.setattr(target, name, stopped_at_last)
+        with pytest.raises(KeyboardInterrupt):
+            make_run(tmp_path).run()
+    make_run(tmp_path).run()
+    assert_same(results(tmp_path), whole)
+
+
+def test_nothing_that_is_whole_is_done_again(tmp_path, monkeypatch):
+    make_run(tmp_path).run()
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.parquet")}
+    for name in ("setup", "train"):
+        monkeypatch.setattr(prefix_dpo_online.RoundOfTraining, name, lambda *_: pytest.fail("trained again"))
+    make_run(tmp_path).run()
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.parquet")} == before
+
+
+def test_answers_of_another_policy_are_refused(tmp_path):
+    make_run(tmp_path, rounds=1).run()
+    with pytest.raises(UserError, match=r"first_policy/held_out/.*parquet was made by another policy"):
+        make_run(tmp_path, rounds=1, temperature=0.5).run()
+
+
+def test_rounds_take_the_prompts_by_turns(tmp_path):
+    run = make_run(tmp_path, rounds=3, prompts_per_round=16)
+    first, second, third = ([prompt.key for prompt in prompts] for prompts in run.prompts_of)
+    assert len({*first, *second}) == 24
+    assert first[8:] + third[:8] != second
+    assert len({*first}) == len({*second}) == len({*third}) == 16
+
+
+def test_the_reference_is_the_first_policy_or_the_previous_one(tmp_path):
+    for reference, first_loss in (("previous", 0.693147), ("first", None)):
+        directory = tmp_path / reference
+        run = make_run(directory, online_reference=reference)
+        run.run()
+        log = next((directory / "round_1" / "logs").glob("*.txt")).read_text()
+        loss = float(log.split("loss:")[1].split()[0])
+        if first_loss is not None:
+            assert loss == pytest.approx(first_loss, abs=1e-6)  # the policy is its own reference
+        else:
+            assert abs(loss - 0.693147) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_answers": 1}, "'num_answers': must be at least 2"),
+        ({"prompts_per_round": 99}, "'prompts_per_round': is 99, but there are 24 prompts"),
+        (
+            {"dataset": {"_component_": "prefix_sharing.quickstart.preference_pairs", "num_pairs": 3}},
+            "'dataset': not used",
+        ),
+        ({"max_new_tokens": 600}, "but the model takes 512; lower max_new_tokens"),
+        ({"judge": {"_component_": "prefix_sharing.judging.function_judge", "function": "math.nan"}}, "is no function"),
+        ({"stop": ["several words here"]}, "'stop': 'several words here' is .* tokens"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_sentence(tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
+        make_run(tmp_path, **overrides).run()
+    assert "\n" not in str(caught.value)
+
+
+def no_verdict(turns, answer):
+    return float("nan")
+
+
+def test_a_judge_without_a_verdict_stops_the_run(tmp_path):
+    judge = {"_component_": "prefix_sharing.judging.function_judge", "function": f"{__name__}.no_verdict"}
+    with pytest.raises(UserError, match="gave no verdict on any answer"):
+        make_run(tmp_path, judge=judge).run()
+
+
+def test_a_gain_by_length_is_a_warning(tmp_path, caplog):
+    run = make_run(tmp_path)
+    run.warn_of_length({"score_gain": 0.5, "length_controlled_gain": 0.4, "answer_length": 9.0})
+    assert not caplog.records
+    with caplog.at_level("WARNING", logger="prefix_sharing"):
+        run.warn_of_length({"score_gain": 0.5, "length_controlled_gain": 0.1, "answer_length": 90.0})
+    assert "0.500 more than the first policy's, but 0.400 of it is by their length (90 tokens" in caplog.text
+
+
+@pytest.mark.slow
+def test_the_quickstart_improves_its_policy(tmp_path):
+    done = tune_run("prefix_dpo_online", "--config", "quickstart/online", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    last = done.stdout.strip().splitlines()[-1].split()
+    assert last[0] == "3"
+    assert float(last[2]) >= 0.3  # of a range of 1
+    assert (tmp_path / "quickstart_online_output" / "rounds.png").exists()
