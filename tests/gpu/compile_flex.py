@@ -309,7 +309,7 @@ def compile_kernel(name: str, source: str) -> Compiled:
 
 
 COLUMNS = {
-    "model": "<18",
+    "model": "<22",
     "head": ">7",
     "group": ">5",
     "queries": "<10",
