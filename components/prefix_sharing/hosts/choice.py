@@ -29,7 +29,7 @@ def build_answer_model(node: DictConfig, device: torch.device, dtype: torch.dtyp
         dtype (torch.dtype): what it computes in.
 
     Returns:
-        Any: the host's ``AnswerModel``, with ``load_weights`` and ``answers``.
+        Any: the host's ``AnswerModel``, with ``load_weights``, ``prefill``, ``repeat`` and ``step``.
     """
     with torch.device("meta"), set_default_dtype(dtype):
         model = instantiate("model", node)
