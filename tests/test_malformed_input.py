@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from prefix_sharing.checkpoint.training import _described, read_checkpoint
+from prefix_sharing.checkpoint.training import _described, _with_checksum, newest_checkpoint, read_checkpoint
 from prefix_sharing.config import TrainingConfig, check_config, find_config
 from prefix_sharing.datasets import prefix_preference_dataset
 from prefix_sharing.errors import UserError
@@ -88,7 +88,7 @@ def test_rows(tmp_path, lines):
 
 damages = st.one_of(
     st.tuples(st.just("cut"), st.integers(0, 10**6)),
-    st.tuples(st.just("flip"), st.integers(0, 10**6)),
+    st.tuples(st.just("change"), st.tuples(st.integers(0, 10**6), st.integers(1, 255))),
     st.tuples(
         st.just("replace"),
         st.sampled_from([b"", b"{}", b"[]", b"null", DEEP.encode(), b"\x80\x00", b'{"files": {}}', b'{"files": 3}']),
@@ -97,16 +97,23 @@ damages = st.one_of(
 )
 
 
+def small_checkpoint(directory, **changes):
+    """A training checkpoint of a few bytes; a change to None leaves a key out."""
+    directory.mkdir(exist_ok=True)
+    shard = directory / "shard-00001-model.safetensors"
+    shard.write_bytes(bytes(range(256)) * 4)
+    content = {"step": 3, "values": {"x": 0.1}, "run": {"id": "x"}, "files": {shard.name: _described(shard)}, **changes}
+    given = {key: value for key, value in content.items() if value is not None}
+    (directory / "checkpoint.json").write_bytes(_with_checksum(given))
+    return directory
+
+
 @settings(max_examples=EXAMPLES, suppress_health_check=CHECKS)
 @given(damage=damages)
 @pytest.mark.parametrize("name", ["checkpoint.json", "shard-00001-model.safetensors"])
 def test_checkpoints(tmp_path, name, damage):
-    shard = tmp_path / "shard-00001-model.safetensors"
-    shard.write_bytes(bytes(range(256)) * 4)
-    content = {"step": 3, "values": {}, "run": {"id": "x"}, "files": {shard.name: _described(shard)}}
-    (tmp_path / "checkpoint.json").write_text(json.dumps(content))
+    file = small_checkpoint(tmp_path) / name
     assert read_checkpoint(tmp_path).step == 3
-    file = tmp_path / name
     how, argument = damage
     before = file.read_bytes()
     if how == "remove":
@@ -116,7 +123,29 @@ def test_checkpoints(tmp_path, name, damage):
     elif how == "cut":
         file.write_bytes(before[: argument % len(before)])
     else:
-        at = argument % len(before)
-        file.write_bytes(before[:at] + bytes([before[at] ^ 255]) + before[at + 1 :])
+        at = argument[0] % len(before)
+        file.write_bytes(before[:at] + bytes([before[at] ^ argument[1]]) + before[at + 1 :])
     with pytest.raises(UserError, match="is damaged: "):
         read_checkpoint(tmp_path)
+
+
+def test_every_bit_of_a_checkpoints_description_counts(tmp_path):
+    file = small_checkpoint(tmp_path) / "checkpoint.json"
+    written = file.read_bytes()
+    for bit in range(8 * len(written)):
+        changed = bytearray(written)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        with pytest.raises(UserError, match="is damaged: "):
+            read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"run": None}, {"run": {}}, {"run": ["id"]}, {"values": None}, {"step": None}], ids=str
+)
+def test_a_checkpoint_whose_description_lacks_a_key_is_damaged(tmp_path, caplog, changes):
+    small_checkpoint(tmp_path / "step_3")
+    small_checkpoint(tmp_path / "step_4", **changes)
+    found = newest_checkpoint(tmp_path, "x")
+    assert found.directory == tmp_path / "step_3"
+    assert "step_4 is damaged: checkpoint.json cannot be read" in caplog.text

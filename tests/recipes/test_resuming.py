@@ -103,7 +103,7 @@ def test_an_adapter_continues_alone(tmp_path):
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no json", "another step"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, whole, damage, caplog):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     kept = checkpoints(tmp_path)
@@ -118,8 +118,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, whol
         shard.write_bytes(content)
     elif damage == "missing":
         shard.unlink()
-    else:
+    elif damage == "no json":
         (newest / "checkpoint.json").write_text("")
+    else:
+        said = (newest / "checkpoint.json").read_text()
+        (newest / "checkpoint.json").write_text(said.replace('"step": 8', '"step": 9'))
     with pytest.raises(UserError, match=r"The checkpoint .*step_8 is damaged: .*"):
         run_in_process(tmp_path, **KEYS, resume=str(newest))
     with caplog.at_level("WARNING", logger="prefix_sharing"):
