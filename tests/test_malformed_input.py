@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from prefix_sharing.checkpoint.training import _described, _with_checksum, newest_checkpoint, read_checkpoint
 from prefix_sharing.config import TrainingConfig, check_config, find_config
 from prefix_sharing.datasets import prefix_preference_dataset
+from prefix_sharing.datasets.source import MAX_TEXT
 from prefix_sharing.errors import UserError
 from prefix_sharing.quickstart import tokenizer
 
@@ -33,7 +34,9 @@ words = names.map(lambda name: f"x{name}")
 not_counts = st.one_of(
     st.integers(max_value=-1), st.integers(min_value=2**63), words, st.floats(0.1, 0.9), st.just([1])
 )
-not_numbers = st.one_of(words, st.sampled_from([math.nan, math.inf, -math.inf, {"a": 1}, 10**30]))
+not_numbers = st.one_of(
+    words, st.sampled_from([math.nan, math.inf, -math.inf, {"a": 1}, 10**30, [], [1], [1, [2]], [{"a": 1}]])
+)
 overrides = st.one_of(
     st.tuples(st.sampled_from(COUNTS + SIZES), not_counts),
     st.tuples(st.sampled_from(FLOATS), not_numbers),
@@ -65,7 +68,10 @@ odd_values = st.recursive(
 odd_records = st.tuples(st.sampled_from(sorted(GOOD)), odd_values).map(
     lambda change: json.dumps({**GOOD, change[0]: change[1]})
 )
-odd_lines = st.one_of(odd_records, st.sampled_from(['{"prompt": "q"', "[1, 2]", '"text"', DEEP, "{}", "NaN"]))
+DEEP_PROMPT = json.dumps({**GOOD, "prompt": "?"}).replace('"?"', "[" * 50_000 + "]" * 50_000)
+LONG_PROMPT = json.dumps({**GOOD, "prompt": "q" * (MAX_TEXT + 1)})
+not_records = ['{"prompt": "q"', "[1, 2]", '"text"', DEEP, "{}", "NaN", DEEP_PROMPT]
+odd_lines = st.one_of(odd_records, st.sampled_from(not_records))
 
 
 @settings(max_examples=EXAMPLES // 10, suppress_health_check=CHECKS)
@@ -84,6 +90,19 @@ def test_rows(tmp_path, lines):
     assert len(said) < 1000
     if found is not None:
         assert len(found) + sum(found.dropped.values()) == 11
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [(DEEP_PROMPT, "it is nested too deeply"), (LONG_PROMPT, "it has more than 16,000,000 characters")],
+    ids=["deep", "long"],
+)
+def test_a_record_that_no_tokenizer_should_get_is_a_counted_drop(tmp_path, caplog, line, problem):
+    file = tmp_path / "pairs.json"
+    file.write_text(f"{json.dumps(GOOD)}\n{line}\n")
+    found = prefix_preference_dataset(tokenizer(), data_files=str(file), on_malformed="drop", max_malformed=0.5)
+    assert found.dropped == {"malformed": 1}
+    assert f"pairs.json, record 1 (line 2): {problem}" in caplog.text
 
 
 damages = st.one_of(
