@@ -23,6 +23,7 @@ from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
 
 from prefix_sharing.config import one_line
+from prefix_sharing.datasets.read_only import writable_cache
 from prefix_sharing.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
@@ -215,6 +216,9 @@ class Source:
             UserError: if there is no such data, or it cannot be read.
             UnknownArgumentError: if ``kwargs`` has a key that is not known.
         """
+        cache_dir = str(self.kwargs.get("cache_dir") or datasets.config.HF_DATASETS_CACHE)
+        if writable_cache(cache_dir) != cache_dir:
+            return replace(self, kwargs={**self.kwargs, "cache_dir": writable_cache(cache_dir)}).load()
         try:
             builder = datasets.load_dataset_builder(self.path, **self.kwargs)
             splits = self._load_splits(builder)
