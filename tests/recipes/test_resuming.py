@@ -1,6 +1,7 @@
 """A run that ended anywhere continues as if nothing had happened."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -178,26 +179,34 @@ def test_nothing_to_resume_from_starts_from_the_beginning(tmp_path):
         run_in_process(tmp_path / "two", resume="nowhere")
 
 
-def test_two_runs_in_one_directory_are_refused_and_a_stale_lock_is_not_one(tmp_path):
-    cfg = make_config(tmp_path)
+@contextlib.contextmanager
+def process_that_locks(directory, models):
+    """Another process with the locks of a run; killed at the end."""
     script = f"""if True:
         import sys, time
         sys.path[:0] = {sys.path!r}
         from omegaconf import OmegaConf
         from prefix_sharing.run.directory import locked_output_dir
-        with locked_output_dir(OmegaConf.create({{"output_dir": {str(tmp_path)!r}}})):
+        cfg = {{"output_dir": {str(directory)!r}, "checkpointer": {{"output_dir": {str(models)!r}}}}}
+        with locked_output_dir(OmegaConf.create(cfg)):
             print("locked", flush=True)
             time.sleep(60)
         """
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
+    yield other
+    other.kill()
+    other.wait()
+
+
+def test_two_runs_in_one_directory_are_refused_and_a_stale_lock_is_not_one(tmp_path):
+    cfg = make_config(tmp_path)
     with (
+        process_that_locks(tmp_path, tmp_path) as other,
         pytest.raises(UserError, match=rf"in use by another run \(process {other.pid} on .*, since 20..-"),
         locked_output_dir(cfg),
     ):
         pass
-    other.kill()
-    other.wait()
     with locked_output_dir(cfg):
         assert str(os.getpid()) in (tmp_path / "run.lock").read_text()
 
@@ -241,6 +250,23 @@ def test_what_a_killed_run_was_writing_is_removed_and_what_it_replaced_is_put_ba
     assert (tmp_path / "epoch_0" / "file").read_text() == "epoch_0.before"
     assert (tmp_path / "epoch_1" / "file").read_text() == "epoch_1"
     assert not checkpoints(tmp_path)
+
+
+def test_models_that_are_saved_elsewhere_have_their_lock_and_lose_their_leftovers_too(tmp_path):
+    models = tmp_path / "models"
+    (models / "epoch_0.writing").mkdir(parents=True)
+    (models / "epoch_1.before").mkdir()
+    cfg = make_config(tmp_path / "out", **{"checkpointer.output_dir": str(models)})
+    with locked_output_dir(cfg):
+        assert str(os.getpid()) in (models / "run.lock").read_text()
+    assert sorted(path.name for path in models.glob("epoch_*")) == ["epoch_1"]
+    other = make_config(tmp_path / "other", **{"checkpointer.output_dir": str(models)})
+    with (
+        process_that_locks(tmp_path / "first", models),
+        pytest.raises(UserError, match=r"'checkpointer.output_dir': .*models is in use by another run \(process"),
+        locked_output_dir(other),
+    ):
+        pass
 
 
 def test_a_finished_run_that_evaluates_in_between_keeps_its_last_evaluation(tmp_path):
