@@ -231,6 +231,28 @@ def test_a_whole_run_directory_is_verified_by_one_command(tmp_path, whole, capsy
     assert (status, said.err) == (1, f"Error: There is no training checkpoint in {tmp_path}/logs/checkpoints.\n")
 
 
+def test_a_checkpoint_is_on_the_disk_before_the_one_before_it_is_deleted(tmp_path, monkeypatch):
+    seen = []
+    fsync, rmtree = os.fsync, shutil.rmtree
+
+    def see_fsync(descriptor):
+        seen.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def see_rmtree(path, **kwargs):
+        seen.append(f"{path.name} removed")
+        rmtree(path, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", see_fsync)
+    monkeypatch.setattr(shutil, "rmtree", see_rmtree)
+    run_in_process(tmp_path, **KEYS | {"keep_last_n": 1, "epochs": 1, "dataset_val": None})
+    monkeypatch.undo()
+    shard = "shard-00001-model-00001-of-00001.safetensors"
+    order = [shard, "checkpoint.json", "step_4.writing", "checkpoints", "step_3 removed"]
+    last = {name: number for number, name in enumerate(seen)}
+    assert sorted(order, key=last.__getitem__) == order
+
+
 def test_a_damaged_later_checkpoint_costs_no_whole_one(tmp_path, whole):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     later = (tmp_path / "checkpoints" / "step_8").rename(tmp_path / "checkpoints" / "step_99")

@@ -8,6 +8,7 @@ of it is on the disk, so that it is either whole or not there. No file of it is 
 
 import json
 import logging
+import os
 import re
 import shutil
 import time
@@ -175,9 +176,12 @@ class TrainingCheckpoints:
     def _make_visible(self, pending: _Pending, files: dict[str, dict[str, Any]]) -> None:
         content = pending.content | {"files": files}
         (pending.directory / _ABOUT).write_bytes(_with_checksum(content))
+        _bring_to_disk(pending.directory / _ABOUT)
+        _bring_to_disk(pending.directory)
         directory = pending.directory.with_suffix("")
         shutil.rmtree(directory, ignore_errors=True)
         pending.directory.rename(directory)
+        _bring_to_disk(self._directory)  # before older ones are deleted: the power may fail
         log.info("Training state saved to %s", directory)
         # Later ones, which are damaged or another run's, are not what this run would continue from.
         own = [found for found in find_checkpoints(self._directory) if _step_of(found) <= content["step"]]
@@ -318,6 +322,17 @@ def _with_checksum(content: dict[str, Any]) -> bytes:
     """What ``checkpoint.json`` holds: its last key is a checksum of the others, and what is read gives it again."""
     checksum = xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
     return json.dumps(content | {_CHECKSUM: checksum}, indent=1).encode()
+
+
+def _bring_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # for which some file systems cannot
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _described(file: Path) -> dict[str, Any]:
