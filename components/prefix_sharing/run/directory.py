@@ -48,7 +48,7 @@ def locked_output_dir(cfg: DictConfig) -> Iterator[None]:
     Raises:
         ConfigError: on every rank, if another process has a lock, or a directory cannot be written.
     """
-    directories = {}  # of the two keys, the first where they name the same
+    directories = {}  # by key, output_dir where both are the same
     for key in ("checkpointer.output_dir", "output_dir"):
         if OmegaConf.select(cfg, key) is not None:
             directories[Path(OmegaConf.select(cfg, key)).resolve()] = key
@@ -72,21 +72,20 @@ def locked_output_dir(cfg: DictConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(directory: Path, key: str) -> Iterator[None]:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        stream = (directory / _LOCK).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(key, f"{directory} cannot be written: {error.strerror}") from error
-    with stream:
+    with contextlib.ExitStack() as stack:
         try:
+            directory.mkdir(parents=True, exist_ok=True)
+            stream = stack.enter_context((directory / _LOCK).open("a+", encoding="utf-8"))
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which, unlike flock, no child process inherits
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {os.uname().nodename}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            stream.flush()
         except BlockingIOError:
             stream.seek(0)
             problem = f"{directory} is in use by another run ({stream.read()}); choose another one"
             raise ConfigError(key, problem) from None
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {os.uname().nodename}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        stream.flush()
+        except OSError as error:
+            raise ConfigError(key, f"{directory} cannot be written: {error.strerror}") from error
         yield
 
 
@@ -109,13 +108,13 @@ def full_disk_explained(cfg: DictConfig) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         keys = ("output_dir", "checkpointer.output_dir", "metric_logger.log_dir")
-        places = dict.fromkeys(
-            str(OmegaConf.select(cfg, key)) for key in keys if OmegaConf.select(cfg, key) is not None
-        )
-        free = ", ".join(f"{place} has {readable_size(shutil.disk_usage(place).free)}" for place in places)
+        places = dict.fromkeys(str(OmegaConf.select(cfg, key)) for key in keys)
+        rooms = [
+            f"{place} has {readable_size(shutil.disk_usage(place).free)}" for place in places if Path(place).is_dir()
+        ]
         raise UserError(
-            f"A disk is full ({error.strerror}); free: {free}. The checkpoints are whole; make room, and resume=auto "
-            "continues from the last one."
+            f"A disk is full ({error.strerror}); free: {', '.join(rooms)}. The checkpoints are whole; make room, and "
+            "resume=auto continues from the last one."
         ) from error
 
 
