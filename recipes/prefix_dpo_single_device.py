@@ -40,7 +40,7 @@ from prefix_sharing.run import (
     summarize_run,
 )
 from prefix_sharing.run.compilation import CompileWatch
-from prefix_sharing.run.directory import check_room, find_resumed, locked_output_dir
+from prefix_sharing.run.directory import check_room, find_resumed, full_disk_explained, locked_output_dir
 from prefix_sharing.run.finite import FiniteCheck
 from prefix_sharing.run.kl import estimate_kl, kl_of_step, loss_of_row
 from prefix_sharing.run.optimization import choose_seed, clip_grad_norm, seed_step, weights_cast_once
@@ -259,7 +259,7 @@ def recipe_main(cfg: DictConfig) -> None:
     """Runs the recipe with a config and ``key=value`` overrides."""
     set_up_logging()
     recipe = PrefixDPORecipeSingleDevice(cfg, set_up_device(cfg))
-    with locked_output_dir(cfg):
+    with locked_output_dir(cfg), full_disk_explained(cfg):
         try:
             recipe.setup()
             with stop_signals() as stop:

@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from prefix_sharing.checkpoint.training import _described, read_checkpoint
+from prefix_sharing.checkpoint.training import _described, _with_checksum, newest_checkpoint, read_checkpoint
 from prefix_sharing.config import TrainingConfig, check_config, find_config
 from prefix_sharing.datasets import prefix_preference_dataset
+from prefix_sharing.datasets.source import MAX_TEXT
 from prefix_sharing.errors import UserError
 from prefix_sharing.quickstart import tokenizer
 
@@ -33,7 +34,9 @@ words = names.map(lambda name: f"x{name}")
 not_counts = st.one_of(
     st.integers(max_value=-1), st.integers(min_value=2**63), words, st.floats(0.1, 0.9), st.just([1])
 )
-not_numbers = st.one_of(words, st.sampled_from([math.nan, math.inf, -math.inf, {"a": 1}, 10**30]))
+not_numbers = st.one_of(
+    words, st.sampled_from([math.nan, math.inf, -math.inf, {"a": 1}, 10**30, [], [1], [1, [2]], [{"a": 1}]])
+)
 overrides = st.one_of(
     st.tuples(st.sampled_from(COUNTS + SIZES), not_counts),
     st.tuples(st.sampled_from(FLOATS), not_numbers),
@@ -65,7 +68,10 @@ odd_values = st.recursive(
 odd_records = st.tuples(st.sampled_from(sorted(GOOD)), odd_values).map(
     lambda change: json.dumps({**GOOD, change[0]: change[1]})
 )
-odd_lines = st.one_of(odd_records, st.sampled_from(['{"prompt": "q"', "[1, 2]", '"text"', DEEP, "{}", "NaN"]))
+DEEP_PROMPT = json.dumps({**GOOD, "prompt": "?"}).replace('"?"', "[" * 50_000 + "]" * 50_000)
+LONG_PROMPT = json.dumps({**GOOD, "prompt": "q" * (MAX_TEXT + 1)})
+not_records = ['{"prompt": "q"', "[1, 2]", '"text"', DEEP, "{}", "NaN", DEEP_PROMPT]
+odd_lines = st.one_of(odd_records, st.sampled_from(not_records))
 
 
 @settings(max_examples=EXAMPLES // 10, suppress_health_check=CHECKS)
@@ -86,9 +92,22 @@ def test_rows(tmp_path, lines):
         assert len(found) + sum(found.dropped.values()) == 11
 
 
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [(DEEP_PROMPT, "it is nested too deeply"), (LONG_PROMPT, "it has more than 16,000,000 characters")],
+    ids=["deep", "long"],
+)
+def test_a_record_that_no_tokenizer_should_get_is_a_counted_drop(tmp_path, caplog, line, problem):
+    file = tmp_path / "pairs.json"
+    file.write_text(f"{json.dumps(GOOD)}\n{line}\n")
+    found = prefix_preference_dataset(tokenizer(), data_files=str(file), on_malformed="drop", max_malformed=0.5)
+    assert found.dropped == {"malformed": 1}
+    assert f"pairs.json, record 1 (line 2): {problem}" in caplog.text
+
+
 damages = st.one_of(
     st.tuples(st.just("cut"), st.integers(0, 10**6)),
-    st.tuples(st.just("flip"), st.integers(0, 10**6)),
+    st.tuples(st.just("change"), st.tuples(st.integers(0, 10**6), st.integers(1, 255))),
     st.tuples(
         st.just("replace"),
         st.sampled_from([b"", b"{}", b"[]", b"null", DEEP.encode(), b"\x80\x00", b'{"files": {}}', b'{"files": 3}']),
@@ -97,16 +116,23 @@ damages = st.one_of(
 )
 
 
+def small_checkpoint(directory, **changes):
+    """A training checkpoint of a few bytes; a change to None leaves a key out."""
+    directory.mkdir(exist_ok=True)
+    shard = directory / "shard-00001-model.safetensors"
+    shard.write_bytes(bytes(range(256)) * 4)
+    content = {"step": 3, "values": {"x": 0.1}, "run": {"id": "x"}, "files": {shard.name: _described(shard)}, **changes}
+    given = {key: value for key, value in content.items() if value is not None}
+    (directory / "checkpoint.json").write_bytes(_with_checksum(given))
+    return directory
+
+
 @settings(max_examples=EXAMPLES, suppress_health_check=CHECKS)
 @given(damage=damages)
 @pytest.mark.parametrize("name", ["checkpoint.json", "shard-00001-model.safetensors"])
 def test_checkpoints(tmp_path, name, damage):
-    shard = tmp_path / "shard-00001-model.safetensors"
-    shard.write_bytes(bytes(range(256)) * 4)
-    content = {"step": 3, "values": {}, "run": {"id": "x"}, "files": {shard.name: _described(shard)}}
-    (tmp_path / "checkpoint.json").write_text(json.dumps(content))
+    file = small_checkpoint(tmp_path) / name
     assert read_checkpoint(tmp_path).step == 3
-    file = tmp_path / name
     how, argument = damage
     before = file.read_bytes()
     if how == "remove":
@@ -116,7 +142,29 @@ def test_checkpoints(tmp_path, name, damage):
     elif how == "cut":
         file.write_bytes(before[: argument % len(before)])
     else:
-        at = argument % len(before)
-        file.write_bytes(before[:at] + bytes([before[at] ^ 255]) + before[at + 1 :])
+        at = argument[0] % len(before)
+        file.write_bytes(before[:at] + bytes([before[at] ^ argument[1]]) + before[at + 1 :])
     with pytest.raises(UserError, match="is damaged: "):
         read_checkpoint(tmp_path)
+
+
+def test_every_bit_of_a_checkpoints_description_counts(tmp_path):
+    file = small_checkpoint(tmp_path) / "checkpoint.json"
+    written = file.read_bytes()
+    for bit in range(8 * len(written)):
+        changed = bytearray(written)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        with pytest.raises(UserError, match="is damaged: "):
+            read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"run": None}, {"run": {}}, {"run": ["id"]}, {"values": None}, {"step": None}], ids=str
+)
+def test_a_checkpoint_whose_description_lacks_a_key_is_damaged(tmp_path, caplog, changes):
+    small_checkpoint(tmp_path / "step_3")
+    small_checkpoint(tmp_path / "step_4", **changes)
+    found = newest_checkpoint(tmp_path, "x")
+    assert found.directory == tmp_path / "step_3"
+    assert "step_4 is damaged: checkpoint.json cannot be read" in caplog.text

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import tracemalloc
 
 import datasets
 import pytest
 
+from prefix_sharing.datasets import source
 from prefix_sharing.datasets.source import Source, kind_of_files
 from prefix_sharing.errors import UserError
 
@@ -155,6 +157,38 @@ def test_a_line_that_is_no_record_says_why(tmp_path, content, problem):
     loaded = load(file)
     with pytest.raises(ValueError, match=problem):
         loaded[1]
+
+
+def test_a_line_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path):
+    file = tmp_path / "pairs.jsonl.gz"
+    with gzip.open(file, "wb", compresslevel=1) as stream:
+        stream.write(b'{"prompt": "q"}\n\n{"prompt": "')
+        for _ in range(300):
+            stream.write(b"x" * 10**6)
+        stream.write(b'"}\n')
+    assert file.stat().st_size < 3 * 10**6
+    tracemalloc.start()
+    with pytest.raises(
+        UserError, match=r"pairs\.jsonl\.gz, line 3: it is longer than 16 MB; shorten it or leave it out"
+    ):
+        load(file)
+    assert tracemalloc.get_traced_memory()[1] < 30 * 10**6
+    tracemalloc.stop()
+
+
+def test_only_records_in_lines_are_to_be_short(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "MAX_TEXT", 1000)
+    monkeypatch.setattr(source, "_BLOCK", 300)
+    records = [{"prompt": "x" * 400}] * 4
+    (tmp_path / "lines.jsonl").write_text(jsonl(records))
+    (tmp_path / "list.json").write_text(json.dumps(records))
+    (tmp_path / "mapping.json").write_text(json.dumps({"data": records}))
+    assert records_of(load(tmp_path / "lines.jsonl")) == records
+    assert records_of(load(tmp_path / "list.json")) == records
+    assert records_of(load(tmp_path / "mapping.json", field="data")) == records
+    monkeypatch.setattr(source, "_MAX_DOCUMENT", 1000)
+    with pytest.raises(UserError, match=r"list\.json, line 1: it is longer .*; write each record in a line of its own"):
+        load(tmp_path / "list.json")
 
 
 @pytest.mark.parametrize(

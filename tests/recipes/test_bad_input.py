@@ -80,6 +80,7 @@ def write(tmp_path):
         ),
         ("optimizer.lr=-1", "'optimizer': torch.optim.AdamW: Invalid learning rate: -1"),
         ("optimizer.lr=fast", "'optimizer.lr': must be a number, but is 'fast'."),
+        ("optimizer.lr=[1,[2]]", "'optimizer.lr': must be a number, but is [1, [2]]."),
         ("loss.beta=[0.1,0.2]", "'loss.beta': must be a number, but is [0.1, 0.2]."),
         ("tokenizer=null", "'tokenizer': required, but not set."),
         ("checkpointer.model_type=LLAMA9", "'checkpointer': prefix_sharing.quickstart.random_checkpointer: "),

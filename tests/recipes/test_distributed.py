@@ -49,21 +49,28 @@ def test_two_copies_of_two_shards(tmp_path):
 
 
 @pytest.mark.slow
-def test_resuming_on_another_number_of_processes(tmp_path):
-    keys = {"dataset.num_pairs": 48, "max_steps_per_epoch": None, "dataset_val": None, "epochs": 2, "seed": 3}
-    run_in_process(tmp_path / "alone", **KEYS | keys | {"gradient_accumulation_steps": 4})
-    expected = losses(tmp_path / "alone")
+@pytest.mark.parametrize("ranks", [(1, 2, 1), (1, 4), (2, 4)], ids=str)
+def test_resuming_on_another_number_of_processes(tmp_path, ranks):
+    """Each number of processes goes on from what the one before saved, in the last run it made."""
+    keys = KEYS | {"dataset.num_pairs": 48, "max_steps_per_epoch": None, "dataset_val": None, "epochs": 2, "seed": 3}
+    keys |= {"save_every_n_steps": 4, "keep_last_n": 4, "self_check": False}
 
-    # One process saved after the first epoch; two go on from there, and one from what they saved.
-    two, one = tmp_path / "two", tmp_path / "one"
-    two.mkdir()
-    went_only_to(6, tmp_path / "alone", two / "out")
-    keys |= {"resume": "auto", "save_every_n_steps": 4}
-    run_distributed(two, 2, **KEYS | keys | {"gradient_accumulation_steps": 2})
-    assert losses(two / "out") == pytest.approx(expected, rel=1e-5)
-    went_only_to(8, two / "out", one)
-    run_in_process(one, **KEYS | keys | {"gradient_accumulation_steps": 4})
-    assert losses(one) == pytest.approx(expected, rel=1e-5)
+    def run(directory, num_processes, **more):
+        given = keys | {"gradient_accumulation_steps": 4 // num_processes} | more
+        if num_processes == 1:
+            run_in_process(directory / "out", **given)
+        else:
+            run_distributed(directory, num_processes, **given)
+        return directory / "out"
+
+    expected = losses(run_in_process(tmp_path / "alone", **keys | {"gradient_accumulation_steps": 4}).cfg.output_dir)
+    saved = run(tmp_path / "first", ranks[0])
+    for step, num_processes in zip((6, 8), ranks[1:], strict=False):
+        directory = tmp_path / f"from_{step}"
+        directory.mkdir()
+        went_only_to(step, saved, directory / "out")
+        saved = run(directory, num_processes, resume="auto")
+        assert losses(saved) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A run that ended anywhere continues as if nothing had happened."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -103,7 +104,7 @@ def test_an_adapter_continues_alone(tmp_path):
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no json", "another step"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, whole, damage, caplog):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     kept = checkpoints(tmp_path)
@@ -118,8 +119,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, whol
         shard.write_bytes(content)
     elif damage == "missing":
         shard.unlink()
-    else:
+    elif damage == "no json":
         (newest / "checkpoint.json").write_text("")
+    else:
+        said = (newest / "checkpoint.json").read_text()
+        (newest / "checkpoint.json").write_text(said.replace('"step": 8', '"step": 9'))
     with pytest.raises(UserError, match=r"The checkpoint .*step_8 is damaged: .*"):
         run_in_process(tmp_path, **KEYS, resume=str(newest))
     with caplog.at_level("WARNING", logger="prefix_sharing"):
@@ -175,26 +179,34 @@ def test_nothing_to_resume_from_starts_from_the_beginning(tmp_path):
         run_in_process(tmp_path / "two", resume="nowhere")
 
 
-def test_two_runs_in_one_directory_are_refused_and_a_stale_lock_is_not_one(tmp_path):
-    cfg = make_config(tmp_path)
+@contextlib.contextmanager
+def process_that_locks(directory, models):
+    """Another process with the locks of a run; killed at the end."""
     script = f"""if True:
         import sys, time
         sys.path[:0] = {sys.path!r}
         from omegaconf import OmegaConf
         from prefix_sharing.run.directory import locked_output_dir
-        with locked_output_dir(OmegaConf.create({{"output_dir": {str(tmp_path)!r}}})):
+        cfg = {{"output_dir": {str(directory)!r}, "checkpointer": {{"output_dir": {str(models)!r}}}}}
+        with locked_output_dir(OmegaConf.create(cfg)):
             print("locked", flush=True)
             time.sleep(60)
         """
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
+    yield other
+    other.kill()
+    other.wait()
+
+
+def test_two_runs_in_one_directory_are_refused_and_a_stale_lock_is_not_one(tmp_path):
+    cfg = make_config(tmp_path)
     with (
+        process_that_locks(tmp_path, tmp_path) as other,
         pytest.raises(UserError, match=rf"in use by another run \(process {other.pid} on .*, since 20..-"),
         locked_output_dir(cfg),
     ):
         pass
-    other.kill()
-    other.wait()
     with locked_output_dir(cfg):
         assert str(os.getpid()) in (tmp_path / "run.lock").read_text()
 
@@ -219,6 +231,28 @@ def test_a_whole_run_directory_is_verified_by_one_command(tmp_path, whole, capsy
     assert (status, said.err) == (1, f"Error: There is no training checkpoint in {tmp_path}/logs/checkpoints.\n")
 
 
+def test_a_checkpoint_is_on_the_disk_before_the_one_before_it_is_deleted(tmp_path, monkeypatch):
+    seen = []
+    fsync, rmtree = os.fsync, shutil.rmtree
+
+    def see_fsync(descriptor):
+        seen.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def see_rmtree(path, **kwargs):
+        seen.append(f"{path.name} removed")
+        rmtree(path, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", see_fsync)
+    monkeypatch.setattr(shutil, "rmtree", see_rmtree)
+    run_in_process(tmp_path, **KEYS | {"keep_last_n": 1, "epochs": 1, "dataset_val": None})
+    monkeypatch.undo()
+    shard = "shard-00001-model-00001-of-00001.safetensors"
+    order = [shard, "checkpoint.json", "step_4.writing", "checkpoints", "step_3 removed"]
+    last = {name: number for number, name in enumerate(seen)}
+    assert sorted(order, key=last.__getitem__) == order
+
+
 def test_a_damaged_later_checkpoint_costs_no_whole_one(tmp_path, whole):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     later = (tmp_path / "checkpoints" / "step_8").rename(tmp_path / "checkpoints" / "step_99")
@@ -238,6 +272,23 @@ def test_what_a_killed_run_was_writing_is_removed_and_what_it_replaced_is_put_ba
     assert (tmp_path / "epoch_0" / "file").read_text() == "epoch_0.before"
     assert (tmp_path / "epoch_1" / "file").read_text() == "epoch_1"
     assert not checkpoints(tmp_path)
+
+
+def test_models_that_are_saved_elsewhere_have_their_lock_and_lose_their_leftovers_too(tmp_path):
+    models = tmp_path / "models"
+    (models / "epoch_0.writing").mkdir(parents=True)
+    (models / "epoch_1.before").mkdir()
+    cfg = make_config(tmp_path / "out", **{"checkpointer.output_dir": str(models)})
+    with locked_output_dir(cfg):
+        assert str(os.getpid()) in (models / "run.lock").read_text()
+    assert sorted(path.name for path in models.glob("epoch_*")) == ["epoch_1"]
+    other = make_config(tmp_path / "other", **{"checkpointer.output_dir": str(models)})
+    with (
+        process_that_locks(tmp_path / "first", models),
+        pytest.raises(UserError, match=r"'checkpointer.output_dir': .*models is in use by another run \(process"),
+        locked_output_dir(other),
+    ):
+        pass
 
 
 def test_a_finished_run_that_evaluates_in_between_keeps_its_last_evaluation(tmp_path):

@@ -1,13 +1,14 @@
 """Training checkpoints: all that it takes to continue a run from a step, on any number of ranks.
 
 A checkpoint is a directory ``step_<n>``: tensors in safetensors files, of which each rank writes and reads its own part
-(``torch.distributed.checkpoint``), and ``checkpoint.json`` with everything else, and with size and checksum of every
-file. It is written under another name while training goes on, and renamed when all of it is on the disk, so that it is
-either whole or not there. No file of it is a pickle.
+(``torch.distributed.checkpoint``), and ``checkpoint.json`` with everything else, with size and checksum of every file,
+and at its end with a checksum of itself. It is written under another name while training goes on, and renamed when all
+of it is on the disk, so that it is either whole or not there. No file of it is a pickle.
 """
 
 import json
 import logging
+import os
 import re
 import shutil
 import time
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 # What it says of one process, from other threads as well, is as it should be.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-_ABOUT = "checkpoint.json"
+_ABOUT, _CHECKSUM = "checkpoint.json", "xxh3"
 
 _TRAINED = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
 
@@ -56,12 +57,14 @@ class TrainingCheckpoint:
     Attributes:
         directory (Path): where it is.
         step (int): optimizer steps done.
+        run_id (str): ``id`` of the run that saved it.
         values (dict[str, Any]): what the run saved besides tensors of model and optimizer.
         content (dict[str, Any]): everything in ``checkpoint.json``.
     """
 
     directory: Path
     step: int
+    run_id: str
     values: dict[str, Any]
     content: dict[str, Any]
 
@@ -172,10 +175,13 @@ class TrainingCheckpoints:
 
     def _make_visible(self, pending: _Pending, files: dict[str, dict[str, Any]]) -> None:
         content = pending.content | {"files": files}
-        (pending.directory / _ABOUT).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        (pending.directory / _ABOUT).write_bytes(_with_checksum(content))
+        _bring_to_disk(pending.directory / _ABOUT)
+        _bring_to_disk(pending.directory)
         directory = pending.directory.with_suffix("")
         shutil.rmtree(directory, ignore_errors=True)
         pending.directory.rename(directory)
+        _bring_to_disk(self._directory)  # before older ones are deleted: the power may fail
         log.info("Training state saved to %s", directory)
         # Later ones, which are damaged or another run's, are not what this run would continue from.
         own = [found for found in find_checkpoints(self._directory) if _step_of(found) <= content["step"]]
@@ -213,7 +219,7 @@ def newest_checkpoint(directory: Path, run_id: str | None) -> TrainingCheckpoint
             if is_rank_zero():
                 log.warning("%s An older one is looked for.", error)
             continue
-        if run_id in (None, found.content["run"]["id"]):
+        if run_id in (None, found.run_id):
             return found
         if is_rank_zero():
             log.warning("%s is another run's. An older one is looked for.", candidate)
@@ -235,8 +241,12 @@ def read_checkpoint(directory: Path) -> TrainingCheckpoint:
     rank, world_size = this_rank()
     found, problem = None, None
     try:
-        content = json.loads((directory / _ABOUT).read_text(encoding="utf-8"))
-        found = TrainingCheckpoint(directory, content["step"], content["values"], content)
+        written = (directory / _ABOUT).read_bytes()
+        content = json.loads(written)
+        del content[_CHECKSUM]
+        if _with_checksum(content) != written:
+            problem = f"{_ABOUT} is not what was written"
+        found = TrainingCheckpoint(directory, content["step"], content["run"]["id"], content["values"], content)
         for name, expected in sorted(content["files"].items())[rank::world_size]:
             if not (directory / name).is_file():
                 problem = f"{name} is missing"
@@ -306,6 +316,23 @@ def _could_not_be_written(pending: _Pending, error: BaseException) -> str:
         f"{pending.directory} could not be written ({found[-1] if found else reason}); it takes "
         f"{readable_size(pending.size)}, and {free} are free there"
     )
+
+
+def _with_checksum(content: dict[str, Any]) -> bytes:
+    """What ``checkpoint.json`` holds: its last key is a checksum of the others, and what is read gives it again."""
+    checksum = xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
+    return json.dumps(content | {_CHECKSUM: checksum}, indent=1).encode()
+
+
+def _bring_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # for which some file systems cannot
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _described(file: Path) -> dict[str, Any]:

@@ -38,12 +38,15 @@ def fits(value: Any, annotation: Any) -> bool:
     if kind is Annotated:
         return fits(value, parts[0])
     if kind in (Union, UnionType):
-        return any(fits(value, part) for part in parts if part is not type(None))
+        others = [part for part in parts if part is not type(None)]
+        if float in others:  # "float | Tensor" is how torch's optimizers say that a number may be on a device
+            others = [part for part in others if part is not Tensor]
+        return any(fits(value, part) for part in others)
     if kind is Literal:  # a choice that is not listed is left to the component
         return any(fits(value, type(choice)) for choice in parts)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is bool:
-        return isinstance(value, int)
+        return isinstance(value, int) and value in (0, 1)
     if kind is int:  # 1e2 is a float to YAML
         return is_number and not (isinstance(value, float) and not value.is_integer())
     if kind is float:
@@ -79,14 +82,20 @@ def in_words(annotation: Any) -> str:
             words.pop("a whole number", None)
         return " or ".join(words)
     if kind in _LISTS:
-        several = {_WORDS[part][1] for part in parts if part in _WORDS}
-        return f"a list of {several.pop()}" if len(several) == 1 else "a list"
+        elements = {in_words(part) for part in parts if part in _WORDS or get_origin(part) in (Union, UnionType)}
+        several = [many for one, many in _WORDS.values() if elements == {one}]
+        number = f"{len(parts)} " if _has_fixed_length(kind, parts) else ""
+        return f"a list of {number}{several[0]}" if several else "a list"
     if kind in _MAPPINGS:
         return "a mapping"
     return _WORDS[kind][0]
 
 
 def _elements_fit(values: list[Any], kind: Any, parts: tuple[Any, ...]) -> bool:
-    if kind is tuple and Ellipsis not in parts:
-        return all(fits(value, part) for value, part in zip(values, parts, strict=False))
+    if _has_fixed_length(kind, parts):
+        return len(values) == len(parts) and all(map(fits, values, parts))
     return not parts or all(fits(value, parts[0]) for value in values)
+
+
+def _has_fixed_length(kind: Any, parts: tuple[Any, ...]) -> bool:
+    return kind is tuple and len(parts) > 0 and Ellipsis not in parts

@@ -97,12 +97,15 @@ def _fill_in(cfg: DictConfig, config_class: type) -> DictConfig:
 
 def _check_choices(cfg: DictConfig, config_class: type) -> None:
     for key, hint in get_type_hints(config_class).items():
+        if key not in cfg or OmegaConf.is_interpolation(cfg, key):
+            continue
+        value = cfg.get(key)
+        if hint is bool and isinstance(value, (int, float)) and value not in (0, 1):  # OmegaConf would take it for True
+            raise ConfigError(key, f"must be True or False, but is {value}")
         literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
         choices = [choice for literal in literals for choice in get_args(literal)]
-        if choices and key in cfg and not OmegaConf.is_interpolation(cfg, key):
-            value = cfg.get(key)
-            if value not in choices and not (value is None and type(None) in get_args(hint)):
-                raise ConfigError(key, f"must be {_either(choices)}, but is {value}")
+        if choices and value not in choices and not (value is None and type(None) in get_args(hint)):
+            raise ConfigError(key, f"must be {_either(choices)}, but is {value}")
 
 
 def _check_ranges(cfg: DictConfig, config_class: type) -> None:

@@ -10,9 +10,11 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow.compute as pc
 from datasets.arrow_writer import SchemaInferenceError
@@ -21,6 +23,7 @@ from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
 
 from prefix_sharing.config import one_line
+from prefix_sharing.datasets.read_only import writable_cache
 from prefix_sharing.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
@@ -35,6 +38,14 @@ _PANDAS_INDEX = "__index_level_0__"
 """What pandas makes of first cells for which there is no header."""
 
 _BOM = "\ufeff"
+
+MAX_TEXT = 16_000_000
+"""Bytes in a line of JSON, and characters in what a tokenizer is given at once, which takes 300 times its size."""
+
+_MAX_DOCUMENT = 1_000_000_000
+"""Bytes in a line that may be a whole JSON list or mapping."""
+
+_BLOCK = 2**20
 
 _LINES_TO_LOOK_AT = 64
 """Enough to tell lines of JSON from a file that is one JSON value, even if some are malformed."""
@@ -205,6 +216,9 @@ class Source:
             UserError: if there is no such data, or it cannot be read.
             UnknownArgumentError: if ``kwargs`` has a key that is not known.
         """
+        cache_dir = str(self.kwargs.get("cache_dir") or datasets.config.HF_DATASETS_CACHE)
+        if writable_cache(cache_dir) != cache_dir:
+            return replace(self, kwargs={**self.kwargs, "cache_dir": writable_cache(cache_dir)}).load()
         try:
             builder = datasets.load_dataset_builder(self.path, **self.kwargs)
             splits = self._load_splits(builder)
@@ -251,6 +265,8 @@ class Source:
         kwargs = {name: value for name, value in self.kwargs.items() if name in general}
         kwargs |= {"encoding": config.encoding, "encoding_errors": config.encoding_errors}
         files = {split: list(names) for split, names in config.data_files.items()}
+        for name in (name for names in files.values() for name in names):
+            _check_lines(name, config.field)
         if config.field is None:
             lines = datasets.load_dataset("text", data_files=files, **kwargs)
             if all(_holds_lines(split) for split in lines.values()):
@@ -306,6 +322,30 @@ class Source:
     def _length_of(self, file: str) -> int:
         alone = replace(self, kwargs={**self.kwargs, "data_files": file})
         return len(alone._load_splits(datasets.load_dataset_builder(self.path, **alone.kwargs))["train"])
+
+
+def _check_lines(file: str, field: str | None) -> None:
+    """Refuses a local file with a line that is too long, before all of it is in memory: compressed it may be small."""
+    if not Path(file).is_file():
+        return
+    number, length = 1, 0
+    try:
+        with fsspec.open(file, compression="infer") as stream:
+            block = stream.read(_BLOCK)
+            is_document = field is not None or block.lstrip(_BOM.encode() + b" \t\r\n").startswith(b"[")
+            limit = _MAX_DOCUMENT if is_document else MAX_TEXT
+            while block and length <= limit:
+                if b"\n" in block:
+                    number += block.count(b"\n")
+                    length = len(block) - block.rindex(b"\n")
+                else:
+                    length += len(block)
+                block = stream.read(_BLOCK)
+    except Exception:
+        return  # loading says what is wrong with it
+    if length > limit:
+        what_to_do = "write each record in a line of its own" if is_document else "shorten it or leave it out"
+        raise UserError(f"{file}, line {number}: it is longer than {limit / 1e6:,.0f} MB; {what_to_do}.")
 
 
 def _not_blank(rows: datasets.Dataset) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from prefix_sharing.datasets.forms import FORMS, Comparison, Form, Record, RecordError
 from prefix_sharing.datasets.ranking import PairStrategy, pairs_with_a_preference
-from prefix_sharing.datasets.source import to_record
+from prefix_sharing.datasets.source import MAX_TEXT, to_record
 from prefix_sharing.datasets.table import MALFORMED, dropped_example, tokenized_example
 from prefix_sharing.distributed.processes import belong_to_parent
 from prefix_sharing.errors import ConfigError, UserError
@@ -133,6 +133,8 @@ class TokenizeRecord:
         return self._example_of(comparison, chats, [_printable(name) for name in unused])
 
     def _tokenize(self, turns: list[Turn], given: str, comparison: Comparison) -> TokenizedChat:
+        if sum(len(turn.get("content", "")) for turn in turns) > MAX_TEXT:
+            raise ValueError(f"it has more than {MAX_TEXT:,} characters")
         strategy = self.options.masking_strategy
         if strategy == "train_on_assistant":
             scored = [turn["role"] == "assistant" for turn in turns]

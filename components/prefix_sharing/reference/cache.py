@@ -15,6 +15,7 @@ one that is damaged is reported, set aside, and computed again.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -71,14 +72,22 @@ class ReferenceCache:
         cache_dir (str): the directory of all references.
         reference (str): ``fingerprint_reference`` of this one.
         about (Mapping[str, Any]): what to tell people about it.
+
+    Raises:
+        OSError: if it has no directory yet and none can be made.
     """
 
     def __init__(self, cache_dir: str, reference: str, about: Mapping[str, Any]) -> None:
         self.directory = Path(cache_dir) / reference
-        self.directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=self.directory).close()  # better now than at the end of a long pass
-        if not (self.directory / _ABOUT).exists():
-            _write(self.directory / _ABOUT, json.dumps(dict(about), indent=2, default=str).encode())
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.directory).close()  # better now than at the end of a long pass
+            if not (self.directory / _ABOUT).exists():
+                _write(self.directory / _ABOUT, json.dumps(dict(about), indent=2, default=str).encode())
+        except OSError as error:
+            if not self.directory.is_dir():
+                raise
+            log.warning("%s cannot be written (%s); what is there is used.", self.directory, error.strerror)
 
     def read(self, ids: pa.Array, num_responses: int) -> np.ndarray:
         """The log-probs that are known of a data set's examples.
@@ -130,7 +139,8 @@ def _read(file: Path) -> pa.Table | None:
         if table.schema.equals(_SCHEMA):
             return table
     log.warning("%s is damaged and was set aside; its reference log-probs will be computed again.", file)
-    file.replace(file.with_suffix(".damaged"))
+    with contextlib.suppress(OSError):  # as on a disk that can only be read
+        file.replace(file.with_suffix(".damaged"))
     return None
 
 

@@ -1,6 +1,7 @@
 """The ``output_dir`` of a run: one process tree at a time writes to it, and what is in it belongs to one run."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 
 from prefix_sharing.checkpoint import (
@@ -23,7 +24,7 @@ from prefix_sharing.checkpoint import (
 )
 from prefix_sharing.checkpoint.state import readable_size
 from prefix_sharing.distributed import broadcast_object, is_rank_zero
-from prefix_sharing.errors import ConfigError
+from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.hosts import TreeModel
 
 CHECKPOINTS = "checkpoints"
@@ -34,7 +35,9 @@ _LOCK, _RUN = "run.lock", "run.json"
 
 @contextlib.contextmanager
 def locked_output_dir(cfg: DictConfig) -> Iterator[None]:
-    """Keeps others from writing to ``output_dir`` meanwhile. The lock is the process's, and ends with it in any case.
+    """Keeps others from writing to ``output_dir`` meanwhile, and to ``checkpointer.output_dir`` where that is another.
+
+    The locks are the process's, and end with it in any case. What a killed run left half written there is removed.
 
     Args:
         cfg (DictConfig): the run's config.
@@ -43,30 +46,76 @@ def locked_output_dir(cfg: DictConfig) -> Iterator[None]:
         None: to the run.
 
     Raises:
-        ConfigError: on every rank, if another process has the lock.
+        ConfigError: on every rank, if another process has a lock, or a directory cannot be written.
     """
-    problem, stream = None, None
-    if is_rank_zero():
-        stream = (Path(cfg.output_dir) / _LOCK).open("a+", encoding="utf-8")
+    directories = {}  # by key, output_dir where both are the same
+    for key in ("checkpointer.output_dir", "output_dir"):
+        if OmegaConf.select(cfg, key) is not None:
+            directories[Path(OmegaConf.select(cfg, key)).resolve()] = key
+    problem = None
+    with contextlib.ExitStack() as locks:
+        if is_rank_zero():
+            try:
+                for directory, key in directories.items():
+                    locks.enter_context(_locked(directory, key))
+            except ConfigError as error:
+                problem = error
+        problem = broadcast_object(problem)
+        if problem is not None:
+            raise problem
+        if is_rank_zero():
+            for directory in directories:
+                remove_unfinished(directory)
+            remove_unfinished(Path(cfg.output_dir) / CHECKPOINTS)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, key: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
         try:
+            directory.mkdir(parents=True, exist_ok=True)
+            stream = stack.enter_context((directory / _LOCK).open("a+", encoding="utf-8"))
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which, unlike flock, no child process inherits
             stream.truncate(0)
             stream.write(f"process {os.getpid()} on {os.uname().nodename}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
             stream.flush()
         except BlockingIOError:
             stream.seek(0)
-            problem = f"{cfg.output_dir} is in use by another run ({stream.read()}); choose another one"
-    problem = broadcast_object(problem)
-    if problem is not None:
-        raise ConfigError("output_dir", problem)
-    if is_rank_zero():
-        remove_unfinished(Path(cfg.output_dir))
-        remove_unfinished(Path(cfg.output_dir) / CHECKPOINTS)
+            problem = f"{directory} is in use by another run ({stream.read()}); choose another one"
+            raise ConfigError(key, problem) from None
+        except OSError as error:
+            raise ConfigError(key, f"{directory} cannot be written: {error.strerror}") from error
+        yield
+
+
+@contextlib.contextmanager
+def full_disk_explained(cfg: DictConfig) -> Iterator[None]:
+    """Says which disk is full, of the log for instance; what is saved has messages of its own.
+
+    Args:
+        cfg (DictConfig): the run's config.
+
+    Yields:
+        None: to the run.
+
+    Raises:
+        UserError: if a disk is full.
+    """
     try:
         yield
-    finally:
-        if stream is not None:
-            stream.close()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        keys = ("output_dir", "checkpointer.output_dir", "metric_logger.log_dir")
+        places = dict.fromkeys(str(OmegaConf.select(cfg, key)) for key in keys)
+        rooms = [
+            f"{place} has {readable_size(shutil.disk_usage(place).free)}" for place in places if Path(place).is_dir()
+        ]
+        raise UserError(
+            f"A disk is full ({error.strerror}); free: {', '.join(rooms)}. The checkpoints are whole; make room, and "
+            "resume=auto continues from the last one."
+        ) from error
 
 
 def find_resumed(cfg: DictConfig) -> TrainingCheckpoint | None:
