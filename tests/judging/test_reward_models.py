@@ -47,7 +47,9 @@ def plain_scores(path, prompts, answers):
     scores = []
     for turns, some in zip(prompts, answers, strict=True):
         chats = [[*turns, {"role": "assistant", "content": answer}] for answer in some]
-        ids = [tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"] for chat in chats]
+        ids = [
+            tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"] for chat in chats
+        ]
         with torch.no_grad():
             scores.append(np.array([model(one).logits[0, 0].item() for one in ids]))
     return scores

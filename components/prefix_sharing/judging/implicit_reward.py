@@ -115,7 +115,9 @@ class _ImplicitReward:
         with torch.device("meta"):
             model = to_tree_model(causal_lm(path), choose_attention_backend(None, device, dtype))
         if model.vocab_size < self._tokenizer.vocab_size:
-            problem = f"{path} has a model of {model.vocab_size} tokens, but {self._tokenizer.vocab_size} in its tokenizer"
+            problem = (
+                f"{path} has a model of {model.vocab_size} tokens, but {self._tokenizer.vocab_size} in its tokenizer"
+            )
             raise UserError(f"{problem}; they do not belong together.")
         for parameter in model.parameters():  # and not buffers: those of rotary embeddings are to stay exact
             parameter.data = parameter.data.to(dtype)
