@@ -4,7 +4,7 @@ import http.client
 import json
 import logging
 import os
-import time
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,12 +62,13 @@ class Server:
         Raises:
             UserError: as for ``post``; requests that have not begun are not made then.
         """
-        pool = ThreadPoolExecutor(self.concurrency)
+        pool, stop = ThreadPoolExecutor(self.concurrency), threading.Event()
         try:
-            numbers = {pool.submit(self.post, path, body): i for i, body in enumerate(bodies)}
+            numbers = {pool.submit(self._post, path, body, stop): i for i, body in enumerate(bodies)}
             for future in as_completed(numbers):
                 yield numbers[future], future.result()
         finally:
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,14 +84,19 @@ class Server:
         Raises:
             UserError: if the server refuses it, cannot be reached, or answers something else than JSON.
         """
-        return _object(self.base_url.rstrip("/") + path, self._request(path, json.dumps(body).encode()))
+        return self._post(path, body, threading.Event())
 
     def get(self, path: str) -> dict[str, Any]:
         """As ``post``, for what is only read, such as ``/models``."""
-        return _object(self.base_url.rstrip("/") + path, self._request(path, None))
-
-    def _request(self, path: str, data: bytes | None) -> bytes:
         url = self.base_url.rstrip("/") + path
+        return _object(url, self._request(url, None, threading.Event()))
+
+    def _post(self, path: str, body: Mapping[str, Any], stop: threading.Event) -> dict[str, Any]:
+        url = self.base_url.rstrip("/") + path
+        return _object(url, self._request(url, json.dumps(body).encode(), stop))
+
+    def _request(self, url: str, data: bytes | None, stop: threading.Event) -> bytes:
+        """Makes a request until there is an answer; not again once ``stop`` is set."""
         request = urllib.request.Request(url, data, {"Content-Type": "application/json", **self._authorization()})
         wait = _FIRST_WAIT
         for left in range(self.retries, -1, -1):
@@ -107,14 +113,15 @@ class Server:
             # A server that goes away while it answers makes any of these.
             except (OSError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", None) or error
-                problem = f"{url} cannot be reached ({type(reason).__name__}: {reason}); start the server there"
+                problem = f"{url} cannot be reached ({type(reason).__name__}: {reason})"
+                problem += "; start the server there or correct base_url"
                 cause = error
-            if left == 0:
+            if left == 0 or stop.is_set():
                 break
             log.warning("%s; trying again in %.0f s", problem, max(wait, asked_for))
-            time.sleep(min(max(wait, asked_for), _LONGEST_WAIT))
+            _pause(stop, min(max(wait, asked_for), _LONGEST_WAIT))
             wait *= 2
-        raise UserError(f"{problem}, or correct base_url (tried {self.retries + 1} times).") from cause
+        raise UserError(f"{problem} (tried {self.retries + 1 - left} times).") from cause
 
     def _authorization(self) -> dict[str, str]:
         if self.api_key_env is None:
@@ -123,6 +130,10 @@ class Server:
         if not key:
             raise ConfigError("api_key_env", f"the environment has no variable {self.api_key_env}; set it to the key")
         return {"Authorization": f"Bearer {key}"}
+
+
+def _pause(stop: threading.Event, seconds: float) -> None:
+    stop.wait(seconds)
 
 
 def is_url(text: str) -> bool:

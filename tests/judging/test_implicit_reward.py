@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from directories import make_directory
 from prefix_sharing.errors import UserError
@@ -95,6 +96,12 @@ def test_models_that_do_not_belong_together_are_refused(tmp_path):
     small = make_policy(tmp_path / "small", 3, vocab_size=100)
     with pytest.raises(UserError, match="small has a model of 100 tokens, but 2048 in its tokenizer"):
         implicit_reward_judge(policy, small)(PROMPTS, ANSWERS)
+
+    files = tmp_path / "policy" / "model.safetensors"
+    save_file({k: v for k, v in load_file(files).items() if "layers.1." not in k}, files)
+    make_directory(tmp_path / "reference")
+    with pytest.raises(UserError, match=r"^\S*policy cannot be read: .*layers.1.*\.$"):
+        implicit_reward_judge(policy, reference)(PROMPTS, ANSWERS)
     with pytest.raises(UserError, match="nowhere not found"):
         implicit_reward_judge(policy, str(tmp_path / "nowhere"))(PROMPTS, ANSWERS)
 

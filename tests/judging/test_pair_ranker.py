@@ -80,7 +80,7 @@ def logit_by_hand(path, source, one, other, source_length=1224, max_length=2048)
     # each part is [CLS] <|...|> ... [SEP]
     places = [1, len(parts[0]) + 1, len(parts[0]) + len(parts[1]) + 1]
     with torch.no_grad():
-        hidden = encoder(torch.tensor([sum(parts, [])])).last_hidden_state[0]
+        hidden = encoder(torch.tensor([list(itertools.chain(*parts))])).last_hidden_state[0]
     scores = []
     for place in places[1:]:
         x = torch.cat([hidden[places[0]], hidden[place]])

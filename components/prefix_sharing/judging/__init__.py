@@ -5,6 +5,7 @@ from prefix_sharing.judging.implicit_reward import implicit_reward_judge
 from prefix_sharing.judging.judge import Judge
 from prefix_sharing.judging.pair_ranker import pair_ranker_judge
 from prefix_sharing.judging.reward_model import reward_model_judge
+from prefix_sharing.judging.served import served_judge
 
 __all__ = [
     "Judge",
@@ -13,4 +14,5 @@ __all__ = [
     "length_judge",
     "pair_ranker_judge",
     "reward_model_judge",
+    "served_judge",
 ]

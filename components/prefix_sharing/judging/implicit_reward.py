@@ -11,7 +11,7 @@ import torch
 
 from prefix_sharing.attention import choose_attention_backend, rounding_of
 from prefix_sharing.checkpoint import Checkpoint
-from prefix_sharing.errors import UserError
+from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.hosts import TreeModel
 from prefix_sharing.judging.judge import Judge
 from prefix_sharing.judging.models import check_placement, placement
@@ -24,14 +24,16 @@ log = logging.getLogger(__name__)
 def implicit_reward_judge(
     policy: str, reference: str, *, beta: float = 0.1, device: str | None = None, dtype: str | None = None
 ) -> Judge:
-    """A judge that is a policy and its reference (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290), for a config.
+    """A judge that is a policy and its reference, for a config.
 
-    The score is ``beta * (log pi(answer | prompt) - log pi_ref(answer | prompt))``, summed over the answer's tokens and
-    the one that ends its turn, as the chat template in the policy's directory makes them. A prompt is computed once for
-    all its answers.
+    The score is that of Rafailov et al. 2023 (https://arxiv.org/abs/2305.18290),
+    ``beta * (log pi(answer | prompt) - log pi_ref(answer | prompt))``, summed over the answer's tokens and the one that
+    ends its turn, as the chat template in the policy's directory makes them. A prompt is computed once for all its
+    answers.
 
     Args:
-        policy (str): directory of a decoder as transformers saves it, with its tokenizer; or a name on the hub.
+        policy (str): directory of a decoder as transformers saves it, with its tokenizer, or a name on the hub; an
+            adapter must have been merged into it.
         reference (str): likewise, of what the policy was trained from.
         beta (float): as in training, which leaves the order of answers as it is. Default: 0.1.
         device (str | None): where both run. Default: None, this process's GPU, or the CPU where there is none.
@@ -122,5 +124,8 @@ class _ImplicitReward:
         for parameter in model.parameters():  # and not buffers: those of rotary embeddings are to stay exact
             parameter.data = parameter.data.to(dtype)
         model.materialize(device)
-        model.load_weights(Checkpoint(files), seed=0)
+        try:
+            model.load_weights(Checkpoint(files), seed=0)
+        except ConfigError as error:  # which names a key of a checkpointer
+            raise UserError(f"{path} cannot be read: {error.problem}.") from error
         return model.eval().requires_grad_(False)

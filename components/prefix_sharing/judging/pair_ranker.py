@@ -117,7 +117,8 @@ class PairRanker:
 
     def _tokens(self, source: str, one: str, other: str) -> tuple[list[int], list[int]]:
         """Token ids of a pair, and the indices of the three tokens whose hidden states are read."""
-        tokens, places = [], []
+        tokens: list[int] = []
+        places: list[int] = []
         left = self.source_length
         for prefix, text in zip(_PREFIXES, (source, one, other), strict=True):
             part = self._tokenizer.encode(prefix + text, max_length=left, truncation=True)
@@ -187,7 +188,7 @@ class PairRanker:
         hidden_size, outputs = config.hidden_size, len(of_head.get("2.bias", [0]))
         with torch.device("meta"):
             head = nn.Sequential(nn.Linear(2 * hidden_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, outputs))
-        encoder = DebertaV2Model(config)
+        encoder: Any = DebertaV2Model(config)
         try:
             encoder.load_state_dict(weights)
             head.load_state_dict(of_head, assign=True)

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def reward_model_judge(
     path: str, *, tokens_at_once: int = 16384, device: str | None = None, dtype: str | None = None
 ) -> Judge:
-    """A judge that is a reward model, for a config: any ``...ForSequenceClassification`` of transformers with one output.
+    """A judge that is a reward model, for a config: a ``...ForSequenceClassification`` of transformers with one output.
 
     It reads prompt and answer as its own chat template renders them. The score is what transformers computes of that
     sequence alone, whatever it is batched with.
