@@ -3,5 +3,16 @@
 from prefix_sharing.sampling.choose import SamplingOptions, choose
 from prefix_sharing.sampling.in_process import in_batches, sample_answers
 from prefix_sharing.sampling.sampler import Answer, Prompt, Sampler
+from prefix_sharing.sampling.server import ServedSampler, served_sampler
 
-__all__ = ["Answer", "Prompt", "Sampler", "SamplingOptions", "choose", "in_batches", "sample_answers"]
+__all__ = [
+    "Answer",
+    "Prompt",
+    "Sampler",
+    "SamplingOptions",
+    "ServedSampler",
+    "choose",
+    "in_batches",
+    "sample_answers",
+    "served_sampler",
+]
