@@ -4,6 +4,7 @@ import http.client
 import pickle
 import socket
 import threading
+import time
 
 import pytest
 
@@ -11,6 +12,8 @@ from prefix_sharing import served
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.served import Server
 from servers import serve
+
+PAUSE = served._pause
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +123,29 @@ def test_after_an_error_nothing_more_is_asked():
         with pytest.raises(UserError):
             list(Server(stub.base_url, concurrency=1).post_all("/x", [{}] * 50))
         assert len(stub.requests) < 50
+
+
+def test_after_an_error_nobody_waits_for_a_busy_server(monkeypatch):
+    monkeypatch.setattr(served, "_pause", PAUSE)
+    monkeypatch.setattr(served, "_FIRST_WAIT", 60.0)
+    waiting = threading.Event()
+
+    def answer(path, body, number):
+        if body["busy"]:
+            waiting.set()
+            return 503, "busy", {}
+        waiting.wait(10)
+        return 400, "no", {}
+
+    with serve(answer) as stub:
+        before = threading.active_count()
+        with pytest.raises(UserError, match="status 400"):
+            list(Server(stub.base_url, concurrency=2).post_all("/x", [{"busy": True}, {"busy": False}]))
+        until = time.monotonic() + 10
+        while threading.active_count() > before and time.monotonic() < until:
+            time.sleep(0.01)
+        assert threading.active_count() <= before
+        assert len(stub.requests) == 2  # the busy one is not asked again
 
 
 def test_the_key_comes_from_the_environment(monkeypatch):

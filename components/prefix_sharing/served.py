@@ -116,11 +116,14 @@ class Server:
                 problem = f"{url} cannot be reached ({type(reason).__name__}: {reason})"
                 problem += "; start the server there or correct base_url"
                 cause = error
-            if left == 0 or stop.is_set():
+            if left == 0:
                 break
-            log.warning("%s; trying again in %.0f s", problem, max(wait, asked_for))
-            _pause(stop, min(max(wait, asked_for), _LONGEST_WAIT))
+            seconds = min(max(wait, asked_for), _LONGEST_WAIT)
+            log.warning("%s; trying again in %.0f s", problem, seconds)
+            _pause(stop, seconds)
             wait *= 2
+            if stop.is_set():
+                break
         raise UserError(f"{problem} (tried {self.retries + 1 - left} times).") from cause
 
     def _authorization(self) -> dict[str, str]:

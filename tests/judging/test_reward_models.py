@@ -132,3 +132,10 @@ def test_a_template_that_refuses_is_named(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no such roles') }}")
     with pytest.raises(UserError, match="refuses turns of user, assistant: no such roles"):
         reward_model_judge(path)(PROMPTS, ANSWERS)
+
+
+def test_encoders_see_no_padding(tmp_path):
+    path = make_reward_model(tmp_path, "bert", pad_token_id=0)
+    found = reward_model_judge(path)(PROMPTS, ANSWERS)
+    for scores, plain in zip(found, plain_scores(path, PROMPTS, ANSWERS), strict=True):
+        np.testing.assert_allclose(scores, plain, atol=1e-5, rtol=1e-5)

@@ -43,7 +43,7 @@ def implicit_reward_judge(
         Judge: the judge. An answer that makes the sequence longer than the models' positions has no verdict.
 
     Raises:
-        ConfigError: if there is no such device or dtype.
+        UserError: if there is no such device or dtype, or transformers is not installed.
 
     Example:
         .. code-block:: yaml

@@ -1,17 +1,18 @@
 """What judges that are models of transformers have in common: where they run, batches, and conversations as text."""
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 
 import torch
 
-from prefix_sharing.errors import ConfigError
+from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.tokenizers import Turn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_placement(device: str | None, dtype: str | None, tokens_at_once: int) -> None:
-    """Checks what a config says about where a judge runs, without taking the device.
+    """Checks what a config says about where a judge runs, without taking the device or importing transformers.
 
     Args:
         device (str | None): as for ``placement``.
@@ -19,8 +20,11 @@ def check_placement(device: str | None, dtype: str | None, tokens_at_once: int) 
         tokens_at_once (int): as for ``in_batches``.
 
     Raises:
-        ConfigError: if there is no such device or dtype.
+        UserError: if there is no such device or dtype, or transformers is not installed.
     """
+    if find_spec("transformers") is None or find_spec("peft") is None:
+        problem = "this judge needs models of transformers; pip install 'torchtune-prefix-sharing[transformers]'"
+        raise UserError(f"{problem} (Python 3.11 or newer).")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError("dtype", f"must be one of {', '.join(DTYPES)}, not {dtype}")
     if tokens_at_once < 1:

@@ -60,7 +60,7 @@ def pair_ranker_judge(
         Judge: the judge.
 
     Raises:
-        ConfigError: if there is no such device or dtype, or no room for answers.
+        UserError: if there is no such device or dtype, no room for answers, or transformers is not installed.
 
     Example:
         .. code-block:: yaml

@@ -36,7 +36,7 @@ def reward_model_judge(
         Judge: the judge. An answer that makes the sequence longer than the model's positions has no verdict.
 
     Raises:
-        ConfigError: if there is no such device or dtype.
+        UserError: if there is no such device or dtype, or transformers is not installed.
 
     Example:
         .. code-block:: yaml

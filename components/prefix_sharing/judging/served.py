@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from omegaconf import DictConfig, OmegaConf
 
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.judging.judge import Judge
@@ -124,7 +125,8 @@ def served_judge(
     if mode not in _TEMPLATES:
         raise ConfigError("mode", f"must be score or pairwise, not {mode}")
     server = Server(base_url, api_key_env, concurrency, retries, timeout)
-    fields = {"temperature": 0, "max_tokens": 1024, **(request or {})}
+    own: Any = OmegaConf.to_container(request, resolve=True) if isinstance(request, DictConfig) else request
+    fields = {"temperature": 0, "max_tokens": 1024, **(own or {})}
     fields = {name: value for name, value in fields.items() if value is not None}
     text = _TEMPLATES[mode] if template is None else _read_template(template, _PLACES[mode])
     asked = _Asked(server, model, text, fields)

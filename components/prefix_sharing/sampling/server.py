@@ -54,7 +54,7 @@ def served_sampler(
     of a prompt as there are is checked. What is tokenized here may be other tokens than those sampled, of the same
     text; if the answer ended by itself, the token that ends an answer is put behind it.
 
-    Each request has a seed made of the pass's and the prompt's key. Whether that decides the answer is up to the server:
+    Each request has a seed made of the pass's and the prompt's key. Whether it decides the answer is up to the server:
     most compute something else in a batch of another size, and ``transformers serve`` mixes up the seeds of requests
     that are under way together.
 
