@@ -53,7 +53,7 @@ class OnlineConfig(TrainingConfig):
     prompts_val: Any = MISSING
     """Builds the held-out prompts, likewise."""
     sampler: Any = MISSING
-    """Samples answers: ``prefix_sharing.sampling.in_process_sampler``."""
+    """Samples answers: ``prefix_sharing.sampling.in_process_sampler``, or ``served_sampler``."""
     judge: Any = MISSING
     """Scores answers: one of ``prefix_sharing.judging``."""
     rounds: int = at_least(1, default=1)
@@ -189,7 +189,9 @@ class PrefixDPOOnline:
         """The policy after a round, -1 for the one that the run begins with, and its directory."""
         cfg = self.cfg
         if number < 0:
-            return load_checkpoint("checkpointer", cfg.checkpointer, adapter=cfg.adapter_checkpoint)[1], None
+            where = cfg.checkpointer.get("path") or cfg.checkpointer.get("checkpoint_dir")
+            found = load_checkpoint("checkpointer", cfg.checkpointer, adapter=cfg.adapter_checkpoint)[1]
+            return found, None if where is None else Path(where)
         node = self.training_config(number).checkpointer
         found = load_trained_checkpoint("checkpointer", node, epoch=cfg.epochs - 1)
         return found, Path(node.output_dir) / f"epoch_{cfg.epochs - 1}"

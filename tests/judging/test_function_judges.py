@@ -30,7 +30,7 @@ def test_length_is_a_baseline():
 
 
 def test_what_is_no_function_and_one_that_fails_are_named():
-    with pytest.raises(UserError, match="'judge.function': 'nowhere.rule' cannot be imported"):
+    with pytest.raises(UserError, match="'function': 'nowhere.rule' cannot be imported"):
         function_judge("nowhere.rule")
     with pytest.raises(UserError, match="is no function"):
         function_judge(f"{__name__}:PROMPTS")

@@ -36,9 +36,9 @@ def function_judge(function: str, **kwargs: Any) -> Judge:
     try:
         found = resolve_name(function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError("judge.function", f"'{function}' cannot be imported: {error}") from error
+        raise ConfigError("function", f"'{function}' cannot be imported: {error}") from error
     if not callable(found):
-        raise ConfigError("judge.function", f"'{function}' is no function")
+        raise ConfigError("function", f"'{function}' is no function")
     return _FunctionJudge(function, found, kwargs)
 
 

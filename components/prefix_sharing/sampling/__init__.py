@@ -3,6 +3,7 @@
 from prefix_sharing.sampling.choose import SamplingOptions, choose
 from prefix_sharing.sampling.in_process import in_batches, in_process_sampler, sample_answers
 from prefix_sharing.sampling.sampler import Answer, Policy, Prompt, Sampler
+from prefix_sharing.sampling.server import ServedSampler, served_sampler
 
 __all__ = [
     "Answer",
@@ -10,8 +11,10 @@ __all__ = [
     "Prompt",
     "Sampler",
     "SamplingOptions",
+    "ServedSampler",
     "choose",
     "in_batches",
     "in_process_sampler",
     "sample_answers",
+    "served_sampler",
 ]

@@ -51,7 +51,7 @@ class Policy:
     Attributes:
         model (DictConfig): the config's ``model``.
         checkpoint (Checkpoint): its weights.
-        directory (Path | None): where they are, as its library writes them; None for what a run begins with.
+        directory (Path | None): where they are, as its library writes them; None if they are in no file.
         tokenizer (ChatTokenizer): its tokenizer.
         device (torch.device): where a model may run.
         dtype (torch.dtype): what it is to compute in.

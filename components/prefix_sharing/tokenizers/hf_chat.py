@@ -110,6 +110,11 @@ class HFChatTokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     @property
+    def vocab(self) -> dict[str, int]:
+        """Ids by token, added ones included."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    @property
     def stop_tokens(self) -> list[int]:
         """Tokens that end an answer: EOS, and what the template puts behind it."""
         turns = [Message(role="user", content="q", masked=True), Message(role="assistant", content="a", masked=False)]
