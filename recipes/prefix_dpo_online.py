@@ -264,8 +264,8 @@ class PrefixDPOOnline:
                 cfg.sampler,
                 Policy(cfg.model, checkpoint, directory, self.tokenizer, self.device, compute_dtype(cfg), self.seed),
             )
-            for i, found in tqdm(sample(left, options), total=len(left), desc=f"Sampling, {where}", unit="prompt"):
-                answers.add([row_of(left[i], found, self.tokenizer)])
+            found = tqdm(sample(left, options), total=len(left), desc=f"Sampling, {where}", unit="prompt")
+            answers.add_in_parts(row_of(left[i], of_prompt, self.tokenizer) for i, of_prompt in found)
         rows = answers.finish(keys)
         done = {row["key"] for row in scored.rows()}
         left_rows = [row for row in rows if row["key"] not in done]

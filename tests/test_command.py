@@ -54,7 +54,9 @@ WELL_FORMED = "Config is well-formed!\n"
 def test_every_config_is_well_formed_and_needs_no_files(prefix_tune, monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     text = Path(find_config(name)).read_text()
-    to_set = ["path"] * ("\npath: ???" in text) + ["dataset.data_files"] * ("data_files: ???" in text)
+    data = "prompts" if "\nprompts:" in text else "dataset"
+    to_set = ["path"] * ("\npath: ???" in text) + [f"{data}.data_files"] * ("data_files: ???" in text)
+    to_set += ["judge.path"] * ("\n  path: ???" in text)
     still = f" Still to be set on the command line: {', '.join(to_set)}." if to_set else ""
     expected = WELL_FORMED.replace("\n", f"{still}\n")
     assert prefix_tune("validate", name) == expected

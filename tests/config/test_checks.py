@@ -7,6 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from prefix_dpo_benchmark import BenchmarkConfig
+from prefix_dpo_online import OnlineConfig
 from prefix_sharing.config import (
     DistributedConfig,
     TrainingConfig,
@@ -37,6 +38,7 @@ def test_every_config_of_the_package_passes():
         for key in OmegaConf.missing_keys(cfg):
             OmegaConf.update(cfg, key, "pairs.jsonl")
         config_class = DistributedConfig if "distributed" in name else TrainingConfig
+        config_class = OnlineConfig if "online" in name else config_class
         cfg = check_config(cfg, BenchmarkConfig if name.startswith("benchmark/") else config_class)
         assert cfg.output_dir
 

@@ -11,7 +11,7 @@ import prefix_dpo_online
 from prefix_dpo_online import OnlineConfig, PrefixDPOOnline
 from prefix_sharing.config import check_config, find_config
 from prefix_sharing.errors import UserError
-from prefix_sharing.online import RoundTable, read_rows
+from prefix_sharing.online import RoundTable, read_rows, tables
 from prefix_sharing.run import set_up_device
 from runs import tune_run
 
@@ -29,6 +29,13 @@ SMALL = {
     "save_every_n_steps": 1,
     "sampler.tokens_at_once": 2000,
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_parts():
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(tables, "_ROWS_OF_A_PART", 3)
+        yield
 
 
 def make_run(directory, **overrides):
@@ -87,8 +94,8 @@ def test_every_round_leaves_its_answers_scores_and_policy(tmp_path, pictures):
 @pytest.mark.parametrize(
     ("target", "name", "calls"),
     [
-        (RoundTable, "add", 3),  # in sampling
-        (RoundTable, "add", 18),
+        (RoundTable, "add", 2),  # in sampling
+        (RoundTable, "add", 6),
         (RoundTable, "finish", 3),  # between sampling and judging
         (RoundTable, "finish", 6),
         (prefix_dpo_online.RoundOfTraining, "save_state", 2),  # in training
@@ -182,6 +189,7 @@ def test_a_judge_without_a_verdict_stops_the_run(tmp_path):
 
 def test_a_gain_by_length_is_a_warning(tmp_path, caplog):
     run = make_run(tmp_path)
+    caplog.clear()
     run.warn_of_length({"score_gain": 0.5, "length_controlled_gain": 0.4, "answer_length": 9.0})
     assert not caplog.records
     with caplog.at_level("WARNING", logger="prefix_sharing"):
