@@ -8,6 +8,7 @@ held-out prompts are answered and judged. Everything of round k is in ``round_k`
 there is not done again, so that a run that was stopped at any moment goes on when it is started again.
 """
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from prefix_sharing.config import TrainingConfig, at_least, component_name, inst
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.fingerprint import fingerprint
 from prefix_sharing.hosts import load_checkpoint, load_trained_checkpoint
-from prefix_sharing.online import RoundTable, read_rows, row_of
+from prefix_sharing.judging import Judge
+from prefix_sharing.online import RoundTable, read_made_by, read_rows, row_of
 from prefix_sharing.online.held_out import HeldOut, compare
 from prefix_sharing.reference import fingerprint_reference
 from prefix_sharing.reports.online import describe_rounds, plot_rounds, write_answers
@@ -201,9 +203,9 @@ class PrefixDPOOnline:
         cfg = self.training_config(number)
         if (Path(cfg.output_dir) / f"epoch_{cfg.epochs - 1}").is_dir():
             return
-        checkpoint, directory = self.checkpoint_after(number - 1)
-        self.sample_and_judge(number, checkpoint, directory)
-        recipe = RoundOfTraining(cfg, self.device, None if number == 0 else checkpoint)
+        self.sample(number)
+        judged_answers(self.cfg.judge, self.judge, self.directory(number))
+        recipe = RoundOfTraining(cfg, self.device, None if number == 0 else self.checkpoint_after(number - 1)[0])
         with locked_output_dir(cfg):
             try:
                 recipe.setup()
@@ -212,18 +214,20 @@ class PrefixDPOOnline:
             finally:
                 recipe.cleanup()
 
-    def sample_and_judge(self, number: int, checkpoint: Checkpoint, directory: Path | None) -> None:
-        """Leaves a round's judged answers in its ``scores.parquet``."""
+    def sample(self, number: int) -> None:
+        """Leaves the answers of a round in its ``answers.parquet``."""
+        if number >= self.cfg.rounds:
+            raise ConfigError("round", f"is {number}, but rounds are {self.cfg.rounds}, counted from 0")
         seed = int(np.random.SeedSequence([self.seed, 1, number]).generate_state(1)[0])
         options = self.sampling_options(self.cfg.num_answers, seed)
-        where = self.directory(number)
-        self.judged_answers(self.prompts_of[number], options, checkpoint, directory, where)
+        self.sampled_answers(self.prompts_of[number], options, number - 1, self.directory(number))
 
     def answer_held_out(self, number: int) -> list[dict[str, Any]]:
         """The judged answers of a policy to the held-out prompts, with the same random numbers for every policy."""
         options = self.sampling_options(self.cfg.num_answers_val, self.seed)
         where = self.directory(number) / "held_out"
-        return self.judged_answers(self.prompts_val, options, *self.checkpoint_after(number), where)
+        self.sampled_answers(self.prompts_val, options, number, where)
+        return judged_answers(self.cfg.judge, self.judge, where)
 
     def sampling_options(self, num_answers: int, seed: int) -> SamplingOptions:
         """How a pass samples."""
@@ -238,46 +242,24 @@ class PrefixDPOOnline:
             num_answers, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, tuple(dict.fromkeys(stop)), seed
         )
 
-    def judged_answers(
-        self,
-        prompts: Sequence[Prompt],
-        options: SamplingOptions,
-        checkpoint: Checkpoint,
-        directory: Path | None,
-        where: Path,
-    ) -> list[dict[str, Any]]:
-        """Samples and judges what is not sampled and judged yet; the rows of ``scores.parquet``."""
+    def sampled_answers(self, prompts: Sequence[Prompt], options: SamplingOptions, after: int, where: Path) -> None:
+        """Samples what is not sampled yet, from the policy after a round, into ``answers.parquet``."""
         cfg = self.cfg
+        checkpoint, directory = self.checkpoint_after(after)
         keys = [prompt.key for prompt in prompts]
-        policy = fingerprint_reference(checkpoint.weights, {"seed": self.seed}, checkpoint.adapter)
-        made_by = {"policy": policy, "prompts": fingerprint(keys), "options": repr(options)}
-        judge: Any = OmegaConf.to_container(cfg.judge, resolve=True)
-        scored = RoundTable(where / "scores.parquet", made_by | {"judge": judge})
-        if scored.is_whole:
-            return scored.rows()
+        weights = fingerprint_reference(checkpoint.weights, {"seed": self.seed}, checkpoint.adapter)
+        made_by = {"policy": weights, "prompts": fingerprint(keys), "options": repr(options)}
         answers = RoundTable(where / "answers.parquet", made_by)
-        if not answers.is_whole:
-            done = {row["key"] for row in answers.rows()}
-            left = [prompt for prompt in prompts if prompt.key not in done]
-            sample = instantiate(
-                "sampler",
-                cfg.sampler,
-                Policy(cfg.model, checkpoint, directory, self.tokenizer, self.device, compute_dtype(cfg), self.seed),
-            )
-            found = tqdm(sample(left, options), total=len(left), desc=f"Sampling, {where}", unit="prompt")
-            answers.add_in_parts(row_of(left[i], of_prompt, self.tokenizer) for i, of_prompt in found)
-        rows = answers.finish(keys)
-        done = {row["key"] for row in scored.rows()}
-        left_rows = [row for row in rows if row["key"] not in done]
-        turns_of = {prompt.key: prompt.turns for prompt in prompts}
-        for start in tqdm(range(0, len(left_rows), _JUDGED_AT_ONCE), desc=f"Judging, {where}", unit="batch"):
-            some = left_rows[start : start + _JUDGED_AT_ONCE]
-            verdicts = self.judge([turns_of[row["key"]] for row in some], [row["texts"] for row in some])
-            scored.add([row | {"scores": scores.tolist()} for row, scores in zip(some, verdicts, strict=True)])
-        found_rows = scored.finish(keys)
-        if not any(np.isfinite(row["scores"]).any() for row in found_rows):
-            raise UserError(f"judge {component_name(cfg.judge)} gave no verdict on any answer of {where}.")
-        return found_rows
+        if answers.is_whole:
+            return
+        done = {row["key"] for row in answers.rows()}
+        left = [prompt for prompt in prompts if prompt.key not in done]
+        dtype = compute_dtype(cfg)
+        policy = Policy(cfg.model, checkpoint, directory, self.tokenizer, self.device, dtype, self.seed)
+        sampler = instantiate("sampler", cfg.sampler, policy)
+        found = tqdm(sampler(left, options), total=len(left), desc=f"Sampling, {where}", unit="prompt")
+        answers.add_in_parts(row_of(left[i], of_prompt, self.tokenizer) for i, of_prompt in found)
+        answers.finish(keys)
 
     def describe_pairs(self, number: int) -> dict[str, float]:
         """What became of a round's answers: the share of prompts whose answers all have one score."""
@@ -295,6 +277,39 @@ class PrefixDPOOnline:
                 gain - at_equal_length,
                 metrics["answer_length"],
             )
+
+
+def judged_answers(node: DictConfig, judge: Judge, where: Path) -> list[dict[str, Any]]:
+    """Judges what is not judged yet of the answers in a directory.
+
+    Args:
+        node (DictConfig): the config's ``judge``.
+        judge (Judge): what it builds.
+        where (Path): has ``answers.parquet``; ``scores.parquet`` goes beside it.
+
+    Returns:
+        list[dict[str, Any]]: the rows of ``scores.parquet``.
+
+    Raises:
+        UserError: if there are no answers, or the judge has no verdict on any.
+    """
+    file = where / "answers.parquet"
+    if not file.is_file():
+        raise UserError(f"{file} not found; prefix_dpo_online and prefix_dpo_sample write it.")
+    plain: Any = OmegaConf.to_container(node, resolve=True)
+    scored = RoundTable(where / "scores.parquet", read_made_by(file) | {"judge": plain})
+    if scored.is_whole:
+        return scored.rows()
+    rows, done = read_rows(file), {row["key"] for row in scored.rows()}
+    left = [row for row in rows if row["key"] not in done]
+    for start in tqdm(range(0, len(left), _JUDGED_AT_ONCE), desc=f"Judging, {where}", unit="batch"):
+        some = left[start : start + _JUDGED_AT_ONCE]
+        verdicts = judge([json.loads(row["turns"]) for row in some], [row["texts"] for row in some])
+        scored.add([row | {"scores": scores.tolist()} for row, scores in zip(some, verdicts, strict=True)])
+    found = scored.finish([row["key"] for row in rows])
+    if not any(np.isfinite(row["scores"]).any() for row in found):
+        raise UserError(f"judge {component_name(node)} gave no verdict on any answer of {where}.")
+    return found
 
 
 @parse(OnlineConfig)

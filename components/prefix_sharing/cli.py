@@ -33,6 +33,8 @@ RECIPES = {
     "prefix_dpo_distributed": True,
     "prefix_dpo_stats": False,
     "prefix_dpo_online": False,
+    "prefix_dpo_sample": False,
+    "prefix_dpo_judge": False,
     "prefix_dpo_memory": False,
     "prefix_dpo_answers": False,
     "prefix_dpo_benchmark": False,

@@ -113,8 +113,8 @@ def test_activation_offloading_without_cuda(refused):
 
 @pytest.mark.parametrize("recipe", [recipe for recipe, several in cli.RECIPES.items() if not several])
 def test_a_recipe_for_one_process_refuses_to_be_one_of_several(monkeypatch, capsys, tmp_path, recipe):
-    others = {"prefix_dpo_benchmark": "benchmark/cpu", "prefix_dpo_online": "quickstart/online"}
-    config = others.get(recipe, "quickstart/single_device")
+    online = dict.fromkeys(("prefix_dpo_online", "prefix_dpo_sample", "prefix_dpo_judge"), "quickstart/online")
+    config = ({"prefix_dpo_benchmark": "benchmark/cpu"} | online).get(recipe, "quickstart/single_device")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sys, "argv", ["recipe", "--config", config])

@@ -121,6 +121,20 @@ def test_a_run_that_was_stopped_anywhere_comes_to_the_same(tmp_path, monkeypatch
     assert_same(results(tmp_path), whole)
 
 
+def test_stages_by_hand_are_those_of_a_run(tmp_path, whole):
+    small = [f"{key}={value}" for key, value in SMALL.items()] + ["output_dir=out"]
+    for stage in ("prefix_dpo_sample", "prefix_dpo_judge"):
+        done = tune_run(stage, "--config", "quickstart/online", *small, "round=0", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert read_rows(tmp_path / "out" / "round_0" / "scores.parquet") == whole[1]["round_0/scores.parquet"]
+    files = [file.name for file in (tmp_path / "out" / "round_0").iterdir()]
+    assert sorted(files) == ["answers.parquet", "scores.parquet"]
+    done = tune_run("prefix_dpo_judge", "--config", "quickstart/online", *small, "round=1", cwd=tmp_path)
+    assert "round_1/answers.parquet not found; prefix_dpo_online and prefix_dpo_sample write it" in done.stderr
+    done = tune_run("prefix_dpo_sample", "--config", "quickstart/online", *small, "round=2", cwd=tmp_path)
+    assert "'round': is 2, but rounds are 2, counted from 0" in done.stderr
+
+
 def test_nothing_that_is_whole_is_done_again(tmp_path, monkeypatch):
     make_run(tmp_path).run()
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.parquet")}

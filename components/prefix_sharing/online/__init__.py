@@ -2,6 +2,14 @@
 
 from prefix_sharing.online.dataset import sampled_preference_dataset
 from prefix_sharing.online.prompts import make_prompts, prompt_dataset
-from prefix_sharing.online.tables import RoundTable, read_rows, row_of
+from prefix_sharing.online.tables import RoundTable, read_made_by, read_rows, row_of
 
-__all__ = ["RoundTable", "make_prompts", "prompt_dataset", "read_rows", "row_of", "sampled_preference_dataset"]
+__all__ = [
+    "RoundTable",
+    "make_prompts",
+    "prompt_dataset",
+    "read_made_by",
+    "read_rows",
+    "row_of",
+    "sampled_preference_dataset",
+]

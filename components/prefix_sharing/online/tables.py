@@ -57,11 +57,10 @@ class RoundTable:
 
     def __init__(self, file: Path, made_by: Mapping[str, Any]) -> None:
         self.file = file
-        self._made_by = json.dumps(made_by, sort_keys=True)
+        self._made_by = dict(made_by)
         self._parts = file.with_suffix(".parts")
         for part in [file] if self.is_whole else self._part_files():
-            found = (pq.read_schema(part).metadata or {}).get(b"made_by", b"").decode()
-            if found != self._made_by:
+            if read_made_by(part) != made_by:
                 problem = "was made by another policy or with other settings"
                 raise UserError(f"{part} {problem}; remove it, or choose another output_dir.")
 
@@ -113,7 +112,7 @@ class RoundTable:
         return sorted(self._parts.glob("*.parquet"))
 
     def _write(self, file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-        schema = _SCHEMA.with_metadata({"made_by": self._made_by})
+        schema = _SCHEMA.with_metadata({"made_by": json.dumps(self._made_by, sort_keys=True)})
         unfinished = file.with_suffix(".unfinished")
         pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), unfinished)
         os.replace(unfinished, file)
@@ -131,6 +130,11 @@ def row_of(prompt: Prompt, answers: Sequence[Answer], tokenizer: ChatTokenizer) 
         "complete": [answer.is_complete for answer in answers],
         "scores": [],
     }
+
+
+def read_made_by(file: Path) -> dict[str, Any]:
+    """What decided the content of a table or a part of one."""
+    return json.loads((pq.read_schema(file).metadata or {}).get(b"made_by", b"{}"))
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
