@@ -41,16 +41,23 @@ def choose(log_probs: torch.Tensor, draws: torch.Tensor, options: SamplingOption
     """
     if options.temperature == 0:
         return log_probs.argmax(-1)
-    scaled = (log_probs.double() / options.temperature).log_softmax(-1)
-    ordered, tokens = scaled.sort(dim=-1, descending=True, stable=True)
-    if options.top_k is not None:
-        ordered[:, options.top_k :] = float("-inf")
-        ordered = ordered.log_softmax(-1)
-    probs = ordered.exp()
+    scaled = log_probs.double() / options.temperature
+    if options.top_k is None and options.top_p >= 1:
+        return _by_inverse(scaled.softmax(-1), draws)
+    # Most likely first.
+    most = scaled.shape[-1] if options.top_k is None else min(options.top_k, scaled.shape[-1])
+    ordered, tokens = scaled.topk(most, dim=-1)
+    probs = ordered.softmax(-1)
     # A token is kept if those before it do not have all of top_p; the first one is always.
-    probs = probs.masked_fill(probs.cumsum(-1) - probs >= options.top_p, 0.0)
-    probs[:, 0] = ordered[:, 0].exp()
+    goes = probs.cumsum(-1) - probs >= options.top_p
+    goes[:, 0] = False
+    return tokens.gather(1, _by_inverse(probs.masked_fill(goes, 0.0), draws)[:, None])[:, 0]
+
+
+def _by_inverse(probs: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Places in distributions that need not sum to 1, none of them where the probability is 0."""
     up_to = probs.cumsum(-1)
-    place = (up_to <= draws[:, None] * up_to[:, -1:]).sum(-1)
-    last = (probs > 0).sum(-1) - 1
-    return tokens.gather(1, torch.minimum(place, last)[:, None])[:, 0]
+    place = torch.searchsorted(up_to, draws[:, None] * up_to[:, -1:], right=True)[:, 0]
+    # Where rounding leads beyond the last place that may be chosen.
+    last = probs.shape[-1] - 1 - (probs > 0).flip(-1).int().argmax(-1)
+    return torch.minimum(place, last)
