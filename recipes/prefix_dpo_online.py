@@ -40,8 +40,8 @@ from prefix_sharing.sampling import Policy, Prompt, SamplingOptions
 
 log = logging.getLogger("prefix_sharing.recipe")
 
-_JUDGED_AT_ONCE = 64
-"""Prompts whose scores are written down together."""
+_WRITTEN_AT_ONCE = 64
+"""Prompts whose answers, or scores, are written down together."""
 
 
 @dataclass
@@ -252,13 +252,19 @@ class PrefixDPOOnline:
         answers = RoundTable(where / "answers.parquet", made_by)
         if answers.is_whole:
             return
-        done = {row["key"] for row in answers.rows()}
-        left = [prompt for prompt in prompts if prompt.key not in done]
         dtype = compute_dtype(cfg)
         policy = Policy(cfg.model, checkpoint, directory, self.tokenizer, self.device, dtype, self.seed)
         sampler = instantiate("sampler", cfg.sampler, policy)
-        found = tqdm(sampler(left, options), total=len(left), desc=f"Sampling, {where}", unit="prompt")
-        answers.add_in_parts(row_of(left[i], of_prompt, self.tokenizer) for i, of_prompt in found)
+        # In parts that do not depend on what is done already: what is computed beside it rounds an answer's log-probs.
+        longest_first = sorted(prompts, key=lambda prompt: -len(prompt.tokens))
+        done = {row["key"] for row in answers.rows()}
+        with tqdm(total=len(prompts), desc=f"Sampling, {where}", unit="prompt") as progress:
+            for start in range(0, len(prompts), _WRITTEN_AT_ONCE):
+                part = longest_first[start : start + _WRITTEN_AT_ONCE]
+                if part[0].key not in done:
+                    found = sampler(part, options)
+                    answers.add([row_of(part[i], of_prompt, self.tokenizer) for i, of_prompt in found])
+                progress.update(len(part))
         answers.finish(keys)
 
     def describe_pairs(self, number: int) -> dict[str, float]:
@@ -302,8 +308,8 @@ def judged_answers(node: DictConfig, judge: Judge, where: Path) -> list[dict[str
         return scored.rows()
     rows, done = read_rows(file), {row["key"] for row in scored.rows()}
     left = [row for row in rows if row["key"] not in done]
-    for start in tqdm(range(0, len(left), _JUDGED_AT_ONCE), desc=f"Judging, {where}", unit="batch"):
-        some = left[start : start + _JUDGED_AT_ONCE]
+    for start in tqdm(range(0, len(left), _WRITTEN_AT_ONCE), desc=f"Judging, {where}", unit="batch"):
+        some = left[start : start + _WRITTEN_AT_ONCE]
         verdicts = judge([json.loads(row["turns"]) for row in some], [row["texts"] for row in some])
         scored.add([row | {"scores": scores.tolist()} for row, scores in zip(some, verdicts, strict=True)])
     found = scored.finish([row["key"] for row in rows])

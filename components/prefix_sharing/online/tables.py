@@ -16,7 +16,7 @@ column               of each prompt
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,6 @@ _SCHEMA = pa.schema(
         "scores": pa.list_(pa.float64()),
     }
 )
-
-
-_ROWS_OF_A_PART = 32
 
 
 class RoundTable:
@@ -77,17 +74,6 @@ class RoundTable:
         """Writes a part; an interrupted write leaves none."""
         self._parts.mkdir(parents=True, exist_ok=True)
         self._write(self._parts / f"{len(self._part_files()):06d}.parquet", rows)
-
-    def add_in_parts(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes rows as they come, some at a time; those that were not written when it is interrupted come again."""
-        part: list[Mapping[str, Any]] = []
-        for row in rows:
-            part.append(row)
-            if len(part) == _ROWS_OF_A_PART:
-                self.add(part)
-                part = []
-        if part:
-            self.add(part)
 
     def finish(self, keys: Sequence[str]) -> list[dict[str, Any]]:
         """Puts the parts together under the table's name.
