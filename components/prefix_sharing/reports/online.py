@@ -14,7 +14,6 @@ _COLUMNS = {
     "answer_length": "tokens",
     "entropy": "entropy",
     "share_tied": "tied",
-    "tokens_saved": "tokens saved",
 }
 
 
