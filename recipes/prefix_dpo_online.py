@@ -261,10 +261,16 @@ class PrefixDPOOnline:
         with tqdm(total=len(prompts), desc=f"Sampling, {where}", unit="prompt") as progress:
             for start in range(0, len(prompts), _WRITTEN_AT_ONCE):
                 part = longest_first[start : start + _WRITTEN_AT_ONCE]
-                if part[0].key not in done:
-                    found = sampler(part, options)
-                    answers.add([row_of(part[i], of_prompt, self.tokenizer) for i, of_prompt in found])
-                progress.update(len(part))
+                left = [prompt for prompt in part if prompt.key not in done]
+                progress.update(len(part) - len(left))
+                rows = []
+                try:
+                    for i, found in sampler(left, options):
+                        rows.append(row_of(left[i], found, self.tokenizer))
+                        progress.update()
+                finally:  # what a server gave before it failed is not asked for again
+                    if rows:
+                        answers.add(rows)
         answers.finish(keys)
 
     def describe_pairs(self, number: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -14,6 +15,7 @@ from prefix_sharing.errors import UserError
 from prefix_sharing.online import RoundTable, read_rows
 from prefix_sharing.run import set_up_device
 from runs import tune_run
+from servers import serve
 
 SMALL = {
     "prompts.num_prompts": 24,
@@ -41,7 +43,7 @@ def _small_parts():
 def make_run(directory, **overrides):
     cfg = OmegaConf.load(find_config("quickstart/online"))
     for key, value in (SMALL | {"output_dir": str(directory)} | overrides).items():
-        OmegaConf.update(cfg, key, value)
+        OmegaConf.update(cfg, key, value, merge=False)
     cfg = check_config(cfg, OnlineConfig)
     return PrefixDPOOnline(cfg, set_up_device(cfg))
 
@@ -133,6 +135,48 @@ def test_stages_by_hand_are_those_of_a_run(tmp_path, whole):
     assert "round_1/answers.parquet not found; prefix_dpo_online and prefix_dpo_sample write it" in done.stderr
     done = tune_run("prefix_dpo_sample", "--config", "quickstart/online", *small, "round=2", cwd=tmp_path)
     assert "'round': is 2, but rounds are 2, counted from 0" in done.stderr
+
+
+def a_server_that_fails_after(num_requests):
+    """One that speaks as vLLM does; its answers are a function of prompt and seed."""
+
+    def answer(path, body, number):
+        if path.endswith("/load"):
+            return {"success": True}
+        if path.endswith("/models"):
+            return {"data": []}
+        if number >= num_requests:
+            return 500, "{}", {}
+        rng = np.random.default_rng([sum(body["prompt"]), body["seed"]])
+        choices = []
+        for _ in range(body["n"]):
+            tokens = rng.integers(300, 2000, 4).tolist()
+            choices.append({"finish_reason": "length", "token_ids": tokens, "logprobs": {"token_logprobs": [-1.0] * 4}})
+        return {"choices": choices}
+
+    return answer
+
+
+def test_a_server_samples_every_prompt_once_and_gets_each_rounds_policy(tmp_path):
+    sampler = {"_component_": "prefix_sharing.sampling.served_sampler", "model": "policy", "retries": 0}
+    asked = []
+    with serve(a_server_that_fails_after(14)) as stub:
+        reload = stub.base_url.replace("/v1", "/load")
+        sampler |= {"base_url": stub.base_url, "reload": reload, "concurrency": 1}
+        with pytest.raises(UserError, match="/v1/completions") as caught:
+            make_run(tmp_path, sampler=sampler).run()
+        assert "\n" not in str(caught.value)
+        asked += [body["prompt"] for path, _, body in stub.requests[:14] if "completions" in path]
+    with serve(a_server_that_fails_after(10_000)) as stub:
+        sampler |= {"base_url": stub.base_url, "reload": stub.base_url.replace("/v1", "/load")}
+        make_run(tmp_path, sampler=sampler).run()
+        asked += [body["prompt"] for path, _, body in stub.requests if "completions" in path]
+        loaded = [body["model_path"] for path, _, body in stub.requests if "load" in path]
+    tables = [
+        read_rows(file) for part in ("first_policy", "round_*") for file in tmp_path.glob(f"{part}/**/answers.parquet")
+    ]
+    assert sorted(asked) == sorted(row["prompt_tokens"] for rows in tables for row in rows)
+    assert [path.split("/")[-2:] for path in loaded[-2:]] == [["round_0", "epoch_0"], ["round_1", "epoch_0"]]
 
 
 def test_nothing_that_is_whole_is_done_again(tmp_path, monkeypatch):
