@@ -27,9 +27,9 @@ from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.fingerprint import fingerprint
 from prefix_sharing.hosts import load_checkpoint, load_trained_checkpoint
 from prefix_sharing.judging import Judge
-from prefix_sharing.online import RoundTable, read_made_by, read_rows, row_of
+from prefix_sharing.online import RoundTable, read_made_by, read_rows, row_of, sampler_differences
 from prefix_sharing.online.held_out import HeldOut, compare
-from prefix_sharing.reference import fingerprint_reference
+from prefix_sharing.reference import KnownReference, fingerprint_reference
 from prefix_sharing.reports.online import describe_rounds, plot_rounds, write_answers
 from prefix_sharing.run import set_up_device, set_up_logging
 from prefix_sharing.run.directory import locked_output_dir
@@ -39,6 +39,9 @@ from prefix_sharing.run.signals import stop_signals
 from prefix_sharing.sampling import Policy, Prompt, SamplingOptions
 
 log = logging.getLogger("prefix_sharing.recipe")
+
+_MOST_APART = 0.02
+"""Mean difference in nats a token between sampler and trainer above which a warning is due."""
 
 _WRITTEN_AT_ONCE = 64
 """Prompts whose answers, or scores, are written down together."""
@@ -98,6 +101,19 @@ class RoundOfTraining(PrefixDPORecipeSingleDevice):
     def __init__(self, cfg: DictConfig, device: torch.device, checkpoint: Checkpoint | None) -> None:
         super().__init__(cfg, device)
         self.begins_with = checkpoint
+
+    def setup(self) -> None:
+        """As for any training; then compares the sampler's log-probs with the trainer's, where they should be equal."""
+        super().setup()
+        if self.cfg.ref_checkpointer is not None or not isinstance(self.reference, KnownReference):
+            return  # the reference is not the policy that has sampled, or its log-probs come later
+        rows = read_rows(Path(self.cfg.dataset.data_files))
+        apart = sampler_differences(self.dataset, rows, self.reference.log_probs.double().cpu().numpy())
+        if len(apart):
+            mean, largest = apart.mean(), apart.max()
+            log.info("Log-probs by sampler and trainer differ by %.1e a token on average, %.1e at most", mean, largest)
+            if mean > _MOST_APART:
+                log.warning("That is more than %.2f: the sampler has other weights, or another precision.", _MOST_APART)
 
     def load_checkpoint(self) -> tuple[Any, Checkpoint]:
         """What writes checkpoints, and the weights to begin with."""

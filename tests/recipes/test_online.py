@@ -1,6 +1,7 @@
 """Rounds of sampling, judging and training: they improve a policy, and go on wherever they were stopped."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import prefix_dpo_online
 from prefix_dpo_online import OnlineConfig, PrefixDPOOnline
 from prefix_sharing.config import check_config, find_config
 from prefix_sharing.errors import UserError
-from prefix_sharing.online import RoundTable, read_rows
+from prefix_sharing.online import RoundTable, read_rows, row_of
 from prefix_sharing.run import set_up_device
 from runs import tune_run
 from servers import serve
@@ -177,6 +178,23 @@ def test_a_server_samples_every_prompt_once_and_gets_each_rounds_policy(tmp_path
     ]
     assert sorted(asked) == sorted(row["prompt_tokens"] for rows in tables for row in rows)
     assert [path.split("/")[-2:] for path in loaded[-2:]] == [["round_0", "epoch_0"], ["round_1", "epoch_0"]]
+
+
+def test_sampler_and_trainer_are_compared(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="prefix_sharing")
+    run = make_run(tmp_path / "same", rounds=1)
+    run.run()
+    (said,) = [record.getMessage() for record in caplog.records if "sampler and trainer" in record.getMessage()]
+    mean, largest = (float(number) for number in re.findall(r"\d\.\d+e-\d+", said))
+    assert 0 < mean <= largest < 1e-5
+    assert "another precision" not in caplog.text
+
+    def with_other_weights(prompt, answers, tokenizer):
+        return row_of(prompt, [answer._replace(log_prob=answer.log_prob - 1) for answer in answers], tokenizer)
+
+    monkeypatch.setattr(prefix_dpo_online, "row_of", with_other_weights)
+    make_run(tmp_path / "other", rounds=1).run()
+    assert "That is more than 0.02: the sampler has other weights, or another precision." in caplog.text
 
 
 def test_nothing_that_is_whole_is_done_again(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Rounds of sampling, judging and training."""
 
+from prefix_sharing.online.agreement import sampler_differences
 from prefix_sharing.online.dataset import sampled_preference_dataset
 from prefix_sharing.online.prompts import make_prompts, prompt_dataset
 from prefix_sharing.online.tables import RoundTable, read_made_by, read_rows, row_of
@@ -12,4 +13,5 @@ __all__ = [
     "read_rows",
     "row_of",
     "sampled_preference_dataset",
+    "sampler_differences",
 ]
