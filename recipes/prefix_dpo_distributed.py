@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from prefix_sharing.checkpoint import load_checkpoint_into
+from prefix_sharing.checkpoint import Checkpoint, load_checkpoint_into
 from prefix_sharing.config import DistributedConfig, instantiate, parse
 from prefix_sharing.distributed import (
     device_mesh,
@@ -100,9 +100,7 @@ class PrefixDPORecipeDistributed:
         self.profiler = build_profiler(cfg)
         check_room(cfg, self.model, self.optimizer)
 
-        self.checkpointer, checkpoint = load_checkpoint(
-            "checkpointer", cfg.checkpointer, adapter=cfg.adapter_checkpoint
-        )
+        self.checkpointer, checkpoint = self.load_checkpoint()
         self.model.load_weights(checkpoint, self.seed)
         forget_later_entries(cfg, self.resumed, self.num_steps)
         if is_rank_zero():
@@ -124,6 +122,10 @@ class PrefixDPORecipeDistributed:
             )
         if self.resumed is not None:
             load_checkpoint_into(self.resumed, self.model, self.optimizer, self.lr_scheduler)
+
+    def load_checkpoint(self) -> tuple[Any, Checkpoint]:
+        """What writes checkpoints, and the weights to begin with."""
+        return load_checkpoint("checkpointer", self.cfg.checkpointer, adapter=self.cfg.adapter_checkpoint)
 
     def new_model(self) -> TreeModel:
         """Allocates a sharded model without weights. They and optimizer state are fp32; layers cast to ``dtype``."""

@@ -11,7 +11,7 @@ there is not done again, so that a run that was stopped at any moment goes on wh
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
 from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.config import TrainingConfig, at_least, component_name, instantiate, parse
+from prefix_sharing.distributed import broadcast_object, is_rank_zero, this_rank, wait_for_all_ranks
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.fingerprint import fingerprint
 from prefix_sharing.hosts import load_checkpoint, load_trained_checkpoint
@@ -89,22 +90,18 @@ class OnlineConfig(TrainingConfig):
     """Held-out prompts whose answers are written to each round's ``answers.md``."""
 
 
-class RoundOfTraining(PrefixDPORecipeSingleDevice):
-    """The training of a round: as any, but it begins with what the round before has trained.
+class RoundOfTraining:
+    """What a round adds to a training recipe: it begins with what the round before has trained.
 
-    Args:
-        cfg (DictConfig): a training config.
-        device (torch.device): where the model runs.
-        checkpoint (Checkpoint | None): the weights to begin with. None for the checkpointer's.
+    Attributes:
+        begins_with (Checkpoint | None): the weights to begin with. None for the checkpointer's.
     """
 
-    def __init__(self, cfg: DictConfig, device: torch.device, checkpoint: Checkpoint | None) -> None:
-        super().__init__(cfg, device)
-        self.begins_with = checkpoint
+    begins_with: Checkpoint | None = None
 
-    def setup(self) -> None:
+    def setup(self: Any) -> None:
         """As for any training; then compares the sampler's log-probs with the trainer's, where they should be equal."""
-        super().setup()
+        super().setup()  # type: ignore[misc]
         if self.cfg.ref_checkpointer is not None or not isinstance(self.reference, KnownReference):
             return  # the reference is not the policy that has sampled, or its log-probs come later
         rows = read_rows(Path(self.cfg.dataset.data_files))
@@ -115,27 +112,42 @@ class RoundOfTraining(PrefixDPORecipeSingleDevice):
             if mean > _MOST_APART:
                 log.warning("That is more than %.2f: the sampler has other weights, or another precision.", _MOST_APART)
 
-    def load_checkpoint(self) -> tuple[Any, Checkpoint]:
+    def load_checkpoint(self: Any) -> tuple[Any, Checkpoint]:
         """What writes checkpoints, and the weights to begin with."""
-        checkpointer, checkpoint = super().load_checkpoint()
+        checkpointer, checkpoint = super().load_checkpoint()  # type: ignore[misc]
         return checkpointer, checkpoint if self.begins_with is None else self.begins_with
+
+
+class SingleDeviceRound(RoundOfTraining, PrefixDPORecipeSingleDevice):
+    """A round's training on one device."""
 
 
 class PrefixDPOOnline:
     """Improves a policy by its own judged answers.
 
+    On several ranks, each samples its share of the prompts, rank 0 judges, and all of them train.
+
     Args:
         cfg (DictConfig): the keys of ``OnlineConfig``.
         device (torch.device): where models run.
+        round_class (type): the recipe of a round. Default: ``SingleDeviceRound``.
+        training_keys (type): the config class of that recipe. Default: ``TrainingConfig``.
 
     Raises:
         ConfigError: if a key asks for something that is not available.
     """
 
-    def __init__(self, cfg: DictConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        cfg: DictConfig,
+        device: torch.device,
+        round_class: type[Any] = SingleDeviceRound,
+        training_keys: type[TrainingConfig] = TrainingConfig,
+    ) -> None:
         if cfg.dataset is not None or cfg.dataset_val is not None:
             raise ConfigError("dataset", "not used: prompts and prompts_val are what a round is made of; remove it")
-        self.cfg, self.device = cfg, device
+        self.cfg, self.device, self.round_class = cfg, device, round_class
+        self.training_keys = [field.name for field in fields(training_keys)]
         self.output_dir = Path(cfg.output_dir)
         self.seed = choose_seed(cfg.seed)
         self.tokenizer = instantiate("tokenizer", cfg.tokenizer)
@@ -162,18 +174,23 @@ class PrefixDPOOnline:
             answered = self.answer_held_out(number)
             new = HeldOut.of_rows(answered)
             metrics.append(compare(new, before, first) | self.describe_pairs(number))
-            log.info("Round %d:\n%s", number, describe_rounds(metrics))
-            plot_rounds(metrics, f"{component_name(cfg.model)}, judged by {component_name(cfg.judge)}", self.picture)
-            policies = {**shown, f"after round {number}": answered}
-            title = f"Answers after round {number}"
-            write_answers(self.directory(number) / "answers.md", title, policies, cfg.num_shown)
-            self.warn_of_length(metrics[-1])
+            if is_rank_zero():
+                self.report(number, metrics, {**shown, f"after round {number}": answered})
             if cfg.stop_when_worse and metrics[-1]["score"] < metrics[-2]["score"]:
                 log.warning("The judged mean has fallen; round %d was the last (stop_when_worse)", number)
                 break
             before = new
-        print(describe_rounds(metrics))
+        if is_rank_zero():
+            print(describe_rounds(metrics))
         log.info("Rounds are in %s, their picture in %s", self.output_dir, self.picture)
+
+    def report(self, number: int, metrics: list[dict[str, float]], policies: dict[str, list[dict[str, Any]]]) -> None:
+        """Says what a round has come to: table, picture, answers to be read."""
+        cfg = self.cfg
+        log.info("Round %d:\n%s", number, describe_rounds(metrics))
+        plot_rounds(metrics, f"{component_name(cfg.model)}, judged by {component_name(cfg.judge)}", self.picture)
+        write_answers(self.directory(number) / "answers.md", f"Answers after round {number}", policies, cfg.num_shown)
+        self.warn_of_length(metrics[-1])
 
     @property
     def picture(self) -> Path:
@@ -189,7 +206,7 @@ class PrefixDPOOnline:
     def training_config(self, number: int) -> DictConfig:
         """The config of a round's training, which any recipe of this package's takes."""
         directory = str(self.directory(number))
-        cfg = OmegaConf.create({key: self.cfg._get_node(key) for key in TrainingConfig.__dataclass_fields__})
+        cfg = OmegaConf.create({key: self.cfg._get_node(key) for key in self.training_keys})
         cfg.output_dir = cfg.checkpointer.output_dir = directory
         if "log_dir" in cfg.metric_logger:
             cfg.metric_logger.log_dir = f"{directory}/logs"
@@ -220,8 +237,9 @@ class PrefixDPOOnline:
         if (Path(cfg.output_dir) / f"epoch_{cfg.epochs - 1}").is_dir():
             return
         self.sample(number)
-        judged_answers(self.cfg.judge, self.judge, self.directory(number))
-        recipe = RoundOfTraining(cfg, self.device, None if number == 0 else self.checkpoint_after(number - 1)[0])
+        self.judge_answers(self.directory(number))
+        recipe = self.round_class(cfg, self.device)
+        recipe.begins_with = None if number == 0 else self.checkpoint_after(number - 1)[0]
         with locked_output_dir(cfg):
             try:
                 recipe.setup()
@@ -243,7 +261,14 @@ class PrefixDPOOnline:
         options = self.sampling_options(self.cfg.num_answers_val, self.seed)
         where = self.directory(number) / "held_out"
         self.sampled_answers(self.prompts_val, options, number, where)
-        return judged_answers(self.cfg.judge, self.judge, where)
+        self.judge_answers(where)
+        return read_rows(where / "scores.parquet")
+
+    def judge_answers(self, where: Path) -> None:
+        """Leaves the judged answers of a directory in its ``scores.parquet``; on rank 0, for which the others wait."""
+        if is_rank_zero():
+            judged_answers(self.cfg.judge, self.judge, where)
+        wait_for_all_ranks()
 
     def sampling_options(self, num_answers: int, seed: int) -> SamplingOptions:
         """How a pass samples."""
@@ -259,35 +284,43 @@ class PrefixDPOOnline:
         )
 
     def sampled_answers(self, prompts: Sequence[Prompt], options: SamplingOptions, after: int, where: Path) -> None:
-        """Samples what is not sampled yet, from the policy after a round, into ``answers.parquet``."""
-        cfg = self.cfg
+        """Samples what is not sampled yet, from the policy after a round; each rank its share."""
+        cfg, ranks = self.cfg, this_rank()
         checkpoint, directory = self.checkpoint_after(after)
         keys = [prompt.key for prompt in prompts]
-        weights = fingerprint_reference(checkpoint.weights, {"seed": self.seed}, checkpoint.adapter)
-        made_by = {"policy": weights, "prompts": fingerprint(keys), "options": repr(options)}
+        weights = None  # which rank 0 may have alone
+        if is_rank_zero():
+            weights = fingerprint_reference(checkpoint.weights, {"seed": self.seed}, checkpoint.adapter)
+        made_by = {"policy": broadcast_object(weights), "prompts": fingerprint(keys), "options": repr(options)}
         answers = RoundTable(where / "answers.parquet", made_by)
-        if answers.is_whole:
+        is_whole, done = broadcast_object((answers.is_whole, {row["key"] for row in answers.rows()}))
+        if is_whole:
             return
         dtype = compute_dtype(cfg)
         policy = Policy(cfg.model, checkpoint, directory, self.tokenizer, self.device, dtype, self.seed)
         sampler = instantiate("sampler", cfg.sampler, policy)
-        # In parts that do not depend on what is done already: what is computed beside it rounds an answer's log-probs.
+        # In parts that depend neither on what is done already nor on the number of ranks: what is computed beside an
+        # answer rounds its log-probs.
         longest_first = sorted(prompts, key=lambda prompt: -len(prompt.tokens))
-        done = {row["key"] for row in answers.rows()}
-        with tqdm(total=len(prompts), desc=f"Sampling, {where}", unit="prompt") as progress:
-            for start in range(0, len(prompts), _WRITTEN_AT_ONCE):
-                part = longest_first[start : start + _WRITTEN_AT_ONCE]
-                left = [prompt for prompt in part if prompt.key not in done]
-                progress.update(len(part) - len(left))
-                rows = []
-                try:
-                    for i, found in sampler(left, options):
-                        rows.append(row_of(left[i], found, self.tokenizer))
-                        progress.update()
-                finally:  # what a server gave before it failed is not asked for again
-                    if rows:
-                        answers.add(rows)
-        answers.finish(keys)
+        parts = [longest_first[i : i + _WRITTEN_AT_ONCE] for i in range(0, len(prompts), _WRITTEN_AT_ONCE)]
+        mine = parts[ranks.rank :: ranks.world_size]
+        progress = tqdm(total=sum(map(len, mine)), desc=f"Sampling, {where}", unit="prompt", disable=not is_rank_zero())
+        for part in mine:
+            left = [prompt for prompt in part if prompt.key not in done]
+            progress.update(len(part) - len(left))
+            rows = []
+            try:
+                for i, found in sampler(left, options):
+                    rows.append(row_of(left[i], found, self.tokenizer))
+                    progress.update()
+            finally:  # what a server gave before it failed is not asked for again
+                if rows:
+                    answers.add(rows)
+        progress.close()
+        wait_for_all_ranks()
+        if is_rank_zero():
+            answers.finish(keys)
+        wait_for_all_ranks()
 
     def describe_pairs(self, number: int) -> dict[str, float]:
         """What became of a round's answers: the share of prompts whose answers all have one score."""

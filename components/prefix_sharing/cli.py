@@ -33,6 +33,7 @@ RECIPES = {
     "prefix_dpo_distributed": True,
     "prefix_dpo_stats": False,
     "prefix_dpo_online": False,
+    "prefix_dpo_online_distributed": True,
     "prefix_dpo_sample": False,
     "prefix_dpo_judge": False,
     "prefix_dpo_memory": False,

@@ -15,6 +15,7 @@ from prefix_sharing.config import check_config, find_config
 from prefix_sharing.errors import UserError
 from prefix_sharing.online import RoundTable, read_rows, row_of
 from prefix_sharing.run import set_up_device
+from processes import run_on_ranks
 from runs import tune_run
 from servers import serve
 
@@ -99,9 +100,9 @@ def test_every_round_leaves_its_answers_scores_and_policy(tmp_path, pictures):
         (RoundTable, "add", 6),
         (RoundTable, "finish", 3),  # between sampling and judging
         (RoundTable, "finish", 6),
-        (prefix_dpo_online.RoundOfTraining, "save_state", 2),  # in training
-        (prefix_dpo_online.RoundOfTraining, "save_state", 5),
-        (prefix_dpo_online.RoundOfTraining, "cleanup", 1),  # behind it
+        (prefix_dpo_online.SingleDeviceRound, "save_state", 2),  # in training
+        (prefix_dpo_online.SingleDeviceRound, "save_state", 5),
+        (prefix_dpo_online.SingleDeviceRound, "cleanup", 1),  # behind it
         (prefix_dpo_online, "write_answers", 1),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
@@ -201,7 +202,7 @@ def test_nothing_that_is_whole_is_done_again(tmp_path, monkeypatch):
     make_run(tmp_path).run()
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.parquet")}
     for name in ("setup", "train"):
-        monkeypatch.setattr(prefix_dpo_online.RoundOfTraining, name, lambda *_: pytest.fail("trained again"))
+        monkeypatch.setattr(prefix_dpo_online.SingleDeviceRound, name, lambda *_: pytest.fail("trained again"))
     make_run(tmp_path).run()
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.parquet")} == before
 
@@ -210,6 +211,23 @@ def test_answers_of_another_policy_are_refused(tmp_path):
     make_run(tmp_path, rounds=1).run()
     with pytest.raises(UserError, match=r"first_policy/held_out/.*parquet was made by another policy"):
         make_run(tmp_path, rounds=1, temperature=0.5).run()
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one(tmp_path, whole):
+    small = [f"{key}={value}" for key, value in SMALL.items() if key != "batch_size"]
+    small += ["batch_size=2", "gradient_accumulation_steps=1", "output_dir=out"]
+    done = run_on_ranks(
+        "prefix_dpo_online_distributed:recipe_main", ["prefix", "--config", "quickstart/online", *small], tmp_path, 2
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights, tables = results(tmp_path / "out")
+    for file, rows in whole[1].items():
+        for row, expected in zip(tables[file], rows, strict=True):
+            assert (row["answers"], row["scores"]) == (expected["answers"], expected["scores"]), file
+    for name, tensors in whole[0].items():
+        for tensor_name, tensor in tensors.items():
+            torch.testing.assert_close(weights[name][tensor_name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_rounds_take_the_prompts_by_turns(tmp_path):

@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prefix_sharing.distributed import this_rank
 from prefix_sharing.errors import UserError
 from prefix_sharing.sampling import Answer, Prompt
 from prefix_sharing.tokenizers import ChatTokenizer
@@ -71,9 +72,11 @@ class RoundTable:
         return [row for part in ([self.file] if self.is_whole else self._part_files()) for row in read_rows(part)]
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes a part; an interrupted write leaves none."""
+        """Writes a part, from any rank; an interrupted write leaves none."""
         self._parts.mkdir(parents=True, exist_ok=True)
-        self._write(self._parts / f"{len(self._part_files()):06d}.parquet", rows)
+        rank = f"rank_{this_rank().rank}"
+        number = len(list(self._parts.glob(f"{rank}_*.parquet")))
+        self._write(self._parts / f"{rank}_{number:06d}.parquet", rows)
 
     def finish(self, keys: Sequence[str]) -> list[dict[str, Any]]:
         """Puts the parts together under the table's name.

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from prefix_sharing.distributed import is_rank_zero, wait_for_all_ranks
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.sampling.choose import SamplingOptions
 from prefix_sharing.sampling.sampler import Answer, Policy, Prompt
@@ -109,8 +110,9 @@ def served_sampler(
         raise ConfigError("reload", f"'{reload}' is no URL, and as a command it lacks {{checkpoint}}; put it there")
     server_at = Server(base_url, api_key_env, concurrency, retries, timeout)
     sampler = ServedSampler(policy.tokenizer, server_at, model, server, reload)
-    if policy.directory is not None:
+    if policy.directory is not None and is_rank_zero():
         sampler.reload(policy.directory)
+    wait_for_all_ranks()
     return sampler
 
 
