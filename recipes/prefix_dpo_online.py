@@ -33,7 +33,7 @@ from prefix_sharing.online.held_out import HeldOut, compare
 from prefix_sharing.reference import KnownReference, fingerprint_reference
 from prefix_sharing.reports.online import describe_rounds, plot_rounds, write_answers
 from prefix_sharing.run import set_up_device, set_up_logging
-from prefix_sharing.run.directory import locked_output_dir
+from prefix_sharing.run.directory import full_disk_explained, locked_output_dir
 from prefix_sharing.run.optimization import choose_seed
 from prefix_sharing.run.setup import compute_dtype
 from prefix_sharing.run.signals import stop_signals
@@ -378,7 +378,7 @@ def recipe_main(cfg: DictConfig) -> None:
     """Runs the recipe with a config and ``key=value`` overrides."""
     set_up_logging()
     device = set_up_device(cfg)
-    with locked_output_dir(cfg):
+    with locked_output_dir(cfg), full_disk_explained(cfg):
         PrefixDPOOnline(cfg, device).run()
 
 

@@ -15,7 +15,7 @@ from prefix_dpo_online import OnlineConfig, PrefixDPOOnline, RoundOfTraining
 from prefix_sharing.config import DistributedConfig, parse
 from prefix_sharing.distributed import process_group
 from prefix_sharing.run import set_up_device, set_up_logging
-from prefix_sharing.run.directory import locked_output_dir
+from prefix_sharing.run.directory import full_disk_explained, locked_output_dir
 
 
 @dataclass
@@ -33,7 +33,7 @@ def recipe_main(cfg: DictConfig) -> None:
     device = set_up_device(cfg)
     with process_group(device):
         set_up_logging()
-        with locked_output_dir(cfg):
+        with locked_output_dir(cfg), full_disk_explained(cfg):
             PrefixDPOOnline(cfg, device, DistributedRound, DistributedConfig).run()
 
 
