@@ -63,6 +63,7 @@ def shrunk(name, directory):
         "output_dir": str(directory),
         "device": "cpu",
         "dtype": "fp32",
+        "compile": False,  # takes a quarter of a minute for each, and has tests of its own
         "max_steps_per_epoch": 2,
         "enable_activation_offloading": False,
     }
