@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from prefix_dpo_online import OnlineConfig, PrefixDPOOnline, judged_answers
+from prefix_dpo_online import OnlineConfig, PrefixDPOOnline
 from prefix_sharing.config import at_least, parse
+from prefix_sharing.online import judged_answers
 from prefix_sharing.run import set_up_device, set_up_logging
 from prefix_sharing.run.directory import locked_output_dir
 

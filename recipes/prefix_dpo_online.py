@@ -8,7 +8,6 @@ held-out prompts are answered and judged. Everything of round k is in ``round_k`
 there is not done again, so that a run that was stopped at any moment goes on when it is started again.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -24,11 +23,10 @@ from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
 from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.config import TrainingConfig, at_least, component_name, instantiate, parse
 from prefix_sharing.distributed import broadcast_object, is_rank_zero, this_rank, wait_for_all_ranks
-from prefix_sharing.errors import ConfigError, UserError
+from prefix_sharing.errors import ConfigError
 from prefix_sharing.fingerprint import fingerprint
 from prefix_sharing.hosts import load_checkpoint, load_trained_checkpoint
-from prefix_sharing.judging import Judge
-from prefix_sharing.online import RoundTable, read_made_by, read_rows, row_of, sampler_differences
+from prefix_sharing.online import RoundTable, judged_answers, read_rows, row_of, sampler_differences
 from prefix_sharing.online.held_out import HeldOut, compare
 from prefix_sharing.reference import KnownReference, fingerprint_reference
 from prefix_sharing.reports.online import describe_rounds, plot_rounds, write_answers
@@ -45,7 +43,7 @@ _MOST_APART = 0.02
 """Mean difference in nats a token between sampler and trainer above which a warning is due."""
 
 _WRITTEN_AT_ONCE = 64
-"""Prompts whose answers, or scores, are written down together."""
+"""Prompts whose answers are written down together."""
 
 
 @dataclass
@@ -338,39 +336,6 @@ class PrefixDPOOnline:
                 gain - at_equal_length,
                 metrics["answer_length"],
             )
-
-
-def judged_answers(node: DictConfig, judge: Judge, where: Path) -> list[dict[str, Any]]:
-    """Judges what is not judged yet of the answers in a directory.
-
-    Args:
-        node (DictConfig): the config's ``judge``.
-        judge (Judge): what it builds.
-        where (Path): has ``answers.parquet``; ``scores.parquet`` goes beside it.
-
-    Returns:
-        list[dict[str, Any]]: the rows of ``scores.parquet``.
-
-    Raises:
-        UserError: if there are no answers, or the judge has no verdict on any.
-    """
-    file = where / "answers.parquet"
-    if not file.is_file():
-        raise UserError(f"{file} not found; prefix_dpo_online and prefix_dpo_sample write it.")
-    plain: Any = OmegaConf.to_container(node, resolve=True)
-    scored = RoundTable(where / "scores.parquet", read_made_by(file) | {"judge": plain})
-    if scored.is_whole:
-        return scored.rows()
-    rows, done = read_rows(file), {row["key"] for row in scored.rows()}
-    left = [row for row in rows if row["key"] not in done]
-    for start in tqdm(range(0, len(left), _WRITTEN_AT_ONCE), desc=f"Judging, {where}", unit="batch"):
-        some = left[start : start + _WRITTEN_AT_ONCE]
-        verdicts = judge([json.loads(row["turns"]) for row in some], [row["texts"] for row in some])
-        scored.add([row | {"scores": scores.tolist()} for row, scores in zip(some, verdicts, strict=True)])
-    found = scored.finish([row["key"] for row in rows])
-    if not any(np.isfinite(row["scores"]).any() for row in found):
-        raise UserError(f"judge {component_name(node)} gave no verdict on any answer of {where}.")
-    return found
 
 
 @parse(OnlineConfig)

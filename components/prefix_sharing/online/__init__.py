@@ -2,11 +2,13 @@
 
 from prefix_sharing.online.agreement import sampler_differences
 from prefix_sharing.online.dataset import sampled_preference_dataset
+from prefix_sharing.online.judged import judged_answers
 from prefix_sharing.online.prompts import make_prompts, prompt_dataset
 from prefix_sharing.online.tables import RoundTable, read_made_by, read_rows, row_of
 
 __all__ = [
     "RoundTable",
+    "judged_answers",
     "make_prompts",
     "prompt_dataset",
     "read_made_by",
