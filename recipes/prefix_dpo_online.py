@@ -26,7 +26,7 @@ from prefix_sharing.distributed import broadcast_object, is_rank_zero, this_rank
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.fingerprint import fingerprint
 from prefix_sharing.hosts import load_checkpoint, load_trained_checkpoint
-from prefix_sharing.online import RoundTable, judged_answers, read_rows, row_of, sampler_differences
+from prefix_sharing.online import RoundTable, in_parts, judged_answers, read_rows, row_of, sampler_differences
 from prefix_sharing.online.held_out import HeldOut, compare
 from prefix_sharing.reference import KnownReference, fingerprint_reference
 from prefix_sharing.reports.online import describe_rounds, plot_rounds, write_answers
@@ -41,9 +41,6 @@ log = logging.getLogger("prefix_sharing.recipe")
 
 _MOST_APART = 0.02
 """Mean difference in nats a token between sampler and trainer above which a warning is due."""
-
-_WRITTEN_AT_ONCE = 64
-"""Prompts whose answers are written down together."""
 
 
 @dataclass
@@ -86,6 +83,14 @@ class OnlineConfig(TrainingConfig):
     """Whether to stop after a round that lowers the judged mean on held-out prompts."""
     num_shown: int = at_least(0, default=8)
     """Held-out prompts whose answers are written to each round's ``answers.md``."""
+
+
+@dataclass
+class RoundConfig(OnlineConfig):
+    """Every key of ``prefix_dpo_sample`` and ``prefix_dpo_judge``: those of ``prefix_dpo_online``, and one more."""
+
+    round: int = at_least(0, default=0)
+    """The round, from 0; the policy is the one after the round before."""
 
 
 class RoundOfTraining:
@@ -148,6 +153,7 @@ class PrefixDPOOnline:
         self.training_keys = [field.name for field in fields(training_keys)]
         self.output_dir = Path(cfg.output_dir)
         self.seed = choose_seed(cfg.seed)
+        self._policy: tuple[int, Checkpoint, Path | None, str | None] | None = None
         self.tokenizer = instantiate("tokenizer", cfg.tokenizer)
         self.judge = instantiate("judge", cfg.judge)
         self.prompts: list[Prompt] = instantiate("prompts", cfg.prompts, self.tokenizer)
@@ -204,7 +210,7 @@ class PrefixDPOOnline:
     def training_config(self, number: int) -> DictConfig:
         """The config of a round's training, which any recipe of this package's takes."""
         directory = str(self.directory(number))
-        cfg = OmegaConf.create({key: self.cfg._get_node(key) for key in self.training_keys})
+        cfg = OmegaConf.masked_copy(self.cfg, self.training_keys)
         cfg.output_dir = cfg.checkpointer.output_dir = directory
         if "log_dir" in cfg.metric_logger:
             cfg.metric_logger.log_dir = f"{directory}/logs"
@@ -218,8 +224,19 @@ class PrefixDPOOnline:
             cfg.ref_checkpointer = self.cfg.checkpointer
         return cfg
 
-    def checkpoint_after(self, number: int) -> tuple[Checkpoint, Path | None]:
-        """The policy after a round, -1 for the one that the run begins with, and its directory."""
+    def policy_after(self, number: int) -> tuple[Checkpoint, Path | None, str | None]:
+        """The policy after a round, its directory, and its name on rank 0; read once until it is trained further."""
+        if self._policy is None or self._policy[0] != number:
+            self._policy = None  # two of them need not fit into memory
+            checkpoint, directory = self._checkpoint_after(number)
+            name = None
+            if is_rank_zero():  # which may have the weights alone
+                name = fingerprint_reference(checkpoint.weights, {"seed": self.seed}, checkpoint.adapter)
+            self._policy = number, checkpoint, directory, name
+        return self._policy[1:]
+
+    def _checkpoint_after(self, number: int) -> tuple[Checkpoint, Path | None]:
+        """Reads the policy after a round, -1 for the one that the run begins with."""
         cfg = self.cfg
         if number < 0:
             where = cfg.checkpointer.get("path") or cfg.checkpointer.get("checkpoint_dir")
@@ -237,10 +254,11 @@ class PrefixDPOOnline:
         self.sample(number)
         self.judge_answers(self.directory(number))
         recipe = self.round_class(cfg, self.device)
-        recipe.begins_with = None if number == 0 else self.checkpoint_after(number - 1)[0]
+        recipe.begins_with = None if number == 0 else self.policy_after(number - 1)[0]
         with locked_output_dir(cfg):
             try:
                 recipe.setup()
+                self._policy = recipe.begins_with = None  # the model has the weights now
                 with stop_signals() as stop:
                     recipe.train(stop)
             finally:
@@ -284,12 +302,9 @@ class PrefixDPOOnline:
     def sampled_answers(self, prompts: Sequence[Prompt], options: SamplingOptions, after: int, where: Path) -> None:
         """Samples what is not sampled yet, from the policy after a round; each rank its share."""
         cfg, ranks = self.cfg, this_rank()
-        checkpoint, directory = self.checkpoint_after(after)
+        checkpoint, directory, name = self.policy_after(after)
         keys = [prompt.key for prompt in prompts]
-        weights = None  # which rank 0 may have alone
-        if is_rank_zero():
-            weights = fingerprint_reference(checkpoint.weights, {"seed": self.seed}, checkpoint.adapter)
-        made_by = {"policy": broadcast_object(weights), "prompts": fingerprint(keys), "options": repr(options)}
+        made_by = {"policy": broadcast_object(name), "prompts": fingerprint(keys), "options": repr(options)}
         answers = RoundTable(where / "answers.parquet", made_by)
         is_whole, done = broadcast_object((answers.is_whole, {row["key"] for row in answers.rows()}))
         if is_whole:
@@ -300,8 +315,7 @@ class PrefixDPOOnline:
         # In parts that depend neither on what is done already nor on the number of ranks: what is computed beside an
         # answer rounds its log-probs.
         longest_first = sorted(prompts, key=lambda prompt: -len(prompt.tokens))
-        parts = [longest_first[i : i + _WRITTEN_AT_ONCE] for i in range(0, len(prompts), _WRITTEN_AT_ONCE)]
-        mine = parts[ranks.rank :: ranks.world_size]
+        mine = in_parts(longest_first)[ranks.rank :: ranks.world_size]
         progress = tqdm(total=sum(map(len, mine)), desc=f"Sampling, {where}", unit="prompt", disable=not is_rank_zero())
         for part in mine:
             left = [prompt for prompt in part if prompt.key not in done]

@@ -5,22 +5,12 @@
 Takes the config of ``prefix_dpo_online``, which goes on from there.
 """
 
-from dataclasses import dataclass
-
 from omegaconf import DictConfig
 
-from prefix_dpo_online import OnlineConfig, PrefixDPOOnline
-from prefix_sharing.config import at_least, parse
+from prefix_dpo_online import PrefixDPOOnline, RoundConfig
+from prefix_sharing.config import parse
 from prefix_sharing.run import set_up_device, set_up_logging
 from prefix_sharing.run.directory import locked_output_dir
-
-
-@dataclass
-class RoundConfig(OnlineConfig):
-    """Every key of ``prefix_dpo_sample``: those of ``prefix_dpo_online``, and one more."""
-
-    round: int = at_least(0, default=0)
-    """The round, from 0; the policy is the one after the round before."""
 
 
 @parse(RoundConfig)

@@ -13,7 +13,7 @@ import prefix_dpo_online
 from prefix_dpo_online import OnlineConfig, PrefixDPOOnline
 from prefix_sharing.config import check_config, find_config
 from prefix_sharing.errors import UserError
-from prefix_sharing.online import RoundTable, judged, read_rows, row_of
+from prefix_sharing.online import RoundTable, read_rows, row_of, tables
 from prefix_sharing.run import set_up_device
 from processes import run_on_ranks
 from runs import losses, tune_run
@@ -38,8 +38,7 @@ SMALL = {
 @pytest.fixture(autouse=True, scope="module")
 def _small_parts():
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(prefix_dpo_online, "_WRITTEN_AT_ONCE", 3)
-        context.setattr(judged, "_WRITTEN_AT_ONCE", 3)
+        context.setattr(tables, "_ROWS_OF_A_PART", 3)
         yield
 
 

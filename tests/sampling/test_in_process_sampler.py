@@ -12,7 +12,8 @@ from torchtune.models.gemma2 import gemma2
 
 from plain import DIMS, FAMILIES
 from prefix_sharing.hosts.torchtune import AnswerModel
-from prefix_sharing.sampling import SamplingOptions, choose, in_batches, sample_answers
+from prefix_sharing.planning.batches import in_batches
+from prefix_sharing.sampling import SamplingOptions, choose, sample_answers
 
 CPU = torch.device("cpu")
 GEMMA2 = DIMS | {"head_dim": 6, "intermediate_dim": 24, "hidden_capping_value": 2.0, "final_capping_value": 3.0}
@@ -162,8 +163,7 @@ def test_tokens_are_chosen_as_often_as_transformers_truncated_distribution_says(
 @settings(max_examples=50)
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 8), st.sampled_from([100, 4096]))
 def test_batches_hold_every_prompt_once_and_no_more_tokens_than_allowed(lengths, num_answers, tokens_at_once):
-    options = SamplingOptions(num_answers=num_answers, max_new_tokens=16)
-    batches = list(in_batches(lengths, options, tokens_at_once))
+    batches = list(in_batches([num_answers * (length + 16) for length in lengths], tokens_at_once))
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         size = len(batch) * num_answers * (max(lengths[i] for i in batch) + 16)

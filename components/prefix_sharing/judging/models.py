@@ -1,6 +1,7 @@
-"""What judges that are models of transformers have in common: where they run, batches, and conversations as text."""
+"""What judges that are models of transformers have in common: where they run, padding, and conversations as text."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -17,7 +18,7 @@ def check_placement(device: str | None, dtype: str | None, tokens_at_once: int) 
     Args:
         device (str | None): as for ``placement``.
         dtype (str | None): as for ``placement``.
-        tokens_at_once (int): as for ``in_batches``.
+        tokens_at_once (int): as for ``prefix_sharing.planning.batches.in_batches``.
 
     Raises:
         UserError: if there is no such device or dtype, or transformers is not installed.
@@ -52,26 +53,6 @@ def placement(device: str | None, dtype: str | None) -> tuple[torch.device, torc
     return where, DTYPES[dtype or ("fp32" if where.type == "cpu" else "bf16")]
 
 
-def in_batches(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
-    """Batches of sequences that are alike in length, the longest first, so that memory runs out at once or never.
-
-    Args:
-        lengths (Sequence[int]): tokens of each.
-        tokens_at_once (int): tokens of a batch, padding included; a sequence that is longer is one of its own.
-
-    Yields:
-        list[int]: indices of sequences, the longest first.
-    """
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens_at_once:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
 def padded(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences side by side, padded at the right.
 
@@ -89,6 +70,23 @@ def padded(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tenso
         tokens[i, : len(sequence)] = torch.tensor(sequence)
         mask[i, : len(sequence)] = 1
     return tokens, mask
+
+
+def ordered_pairs(answers: Sequence[Sequence[str]]) -> list[tuple[int, int, int]]:
+    """Each two answers to a prompt, in both orders; not equal ones, which are a tie whatever a model says.
+
+    Args:
+        answers (Sequence[Sequence[str]]): the n answers to each prompt.
+
+    Returns:
+        list[tuple[int, int, int]]: indices of the prompt, of the first answer and of the second.
+    """
+    return [
+        (p, i, j)
+        for p, some in enumerate(answers)
+        for i, j in itertools.permutations(range(len(some)), 2)
+        if some[i] != some[j]
+    ]
 
 
 def as_text(turns: Sequence[Turn]) -> str:

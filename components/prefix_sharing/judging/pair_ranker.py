@@ -1,7 +1,6 @@
 """PairRM: two answers are read side by side, and each pair of a prompt's answers is compared."""
 
 import functools
-import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from torch import nn
 
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.judging.judge import Judge
-from prefix_sharing.judging.models import as_text, check_placement, in_batches, padded, placement
+from prefix_sharing.judging.models import as_text, check_placement, ordered_pairs, padded, placement
+from prefix_sharing.planning.batches import in_batches
 from prefix_sharing.tokenizers import Turn
 
 log = logging.getLogger(__name__)
@@ -101,13 +101,7 @@ class PairRanker:
         Returns:
             list[np.ndarray]: logit(i, j) - logit(j, i) of each two answers to a prompt, shape ``[n, n]``.
         """
-        # Equal answers are a tie, whatever rounding makes of different padding.
-        places = [
-            (p, i, j)
-            for p, some in enumerate(answers)
-            for i, j in itertools.permutations(range(len(some)), 2)
-            if some[i] != some[j]
-        ]
+        places = ordered_pairs(answers)
         texts = [as_text(turns) for turns in prompts]
         read = self._logits([self._tokens(texts[p], answers[p][i], answers[p][j]) for p, i, j in places])
         logits = [np.zeros((len(some), len(some))) for some in answers]

@@ -11,7 +11,8 @@ import torch
 
 from prefix_sharing.errors import UserError
 from prefix_sharing.judging.judge import Judge
-from prefix_sharing.judging.models import check_placement, in_batches, padded, placement
+from prefix_sharing.judging.models import check_placement, padded, placement
+from prefix_sharing.planning.batches import in_batches
 from prefix_sharing.tokenizers import Turn
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,5 @@
 """A model behind a server as judge: it reads an answer, or two, and says its verdict in words."""
 
-import itertools
 import logging
 import math
 import re
@@ -14,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.judging.judge import Judge
-from prefix_sharing.judging.models import as_text
+from prefix_sharing.judging.models import as_text, ordered_pairs
 from prefix_sharing.served import Server
 from prefix_sharing.tokenizers import Turn
 
@@ -187,12 +186,7 @@ class _PairwiseJudge:
 
     def __call__(self, prompts: Sequence[Sequence[Turn]], answers: Sequence[Sequence[str]]) -> list[np.ndarray]:
         """See ``Judge``."""
-        places = [
-            (p, i, j)
-            for p, some in enumerate(answers)
-            for i, j in itertools.permutations(range(len(some)), 2)
-            if some[i] != some[j]
-        ]
+        places = ordered_pairs(answers)
         texts = [as_text(turns) for turns in prompts]
         questions = [{"prompt": texts[p], "answer_a": answers[p][i], "answer_b": answers[p][j]} for p, i, j in places]
         # Of each two answers: what the first gets of it; that of equal ones is known.

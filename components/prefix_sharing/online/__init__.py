@@ -4,10 +4,11 @@ from prefix_sharing.online.agreement import sampler_differences
 from prefix_sharing.online.dataset import sampled_preference_dataset
 from prefix_sharing.online.judged import judged_answers
 from prefix_sharing.online.prompts import make_prompts, prompt_dataset
-from prefix_sharing.online.tables import RoundTable, read_made_by, read_rows, row_of
+from prefix_sharing.online.tables import RoundTable, in_parts, read_made_by, read_rows, row_of
 
 __all__ = [
     "RoundTable",
+    "in_parts",
     "judged_answers",
     "make_prompts",
     "prompt_dataset",

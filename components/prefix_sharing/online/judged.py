@@ -11,10 +11,7 @@ from tqdm import tqdm
 from prefix_sharing.config import component_name
 from prefix_sharing.errors import UserError
 from prefix_sharing.judging import Judge
-from prefix_sharing.online.tables import RoundTable, read_made_by, read_rows
-
-_WRITTEN_AT_ONCE = 64
-"""Prompts whose scores are written down together."""
+from prefix_sharing.online.tables import RoundTable, in_parts, read_made_by, read_rows
 
 
 def judged_answers(node: DictConfig, judge: Judge, where: Path) -> list[dict[str, Any]]:
@@ -40,8 +37,7 @@ def judged_answers(node: DictConfig, judge: Judge, where: Path) -> list[dict[str
         return scored.rows()
     rows, done = read_rows(file), {row["key"] for row in scored.rows()}
     left = [row for row in rows if row["key"] not in done]
-    for start in tqdm(range(0, len(left), _WRITTEN_AT_ONCE), desc=f"Judging, {where}", unit="batch"):
-        some = left[start : start + _WRITTEN_AT_ONCE]
+    for some in tqdm(in_parts(left), desc=f"Judging, {where}", unit="batch"):
         verdicts = judge([json.loads(row["turns"]) for row in some], [row["texts"] for row in some])
         scored.add([row | {"scores": scores.tolist()} for row, scores in zip(some, verdicts, strict=True)])
     found = scored.finish([row["key"] for row in rows])

@@ -42,6 +42,9 @@ _SCHEMA = pa.schema(
 )
 
 
+_ROWS_OF_A_PART = 64
+
+
 class RoundTable:
     """A table that may be whole, in parts, or not begun.
 
@@ -105,6 +108,11 @@ class RoundTable:
         unfinished = file.with_suffix(".unfinished")
         pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), unfinished)
         os.replace(unfinished, file)
+
+
+def in_parts(rows: Sequence[Any]) -> list[Sequence[Any]]:
+    """What is to be written, as parts that are each written together."""
+    return [rows[start : start + _ROWS_OF_A_PART] for start in range(0, len(rows), _ROWS_OF_A_PART)]
 
 
 def row_of(prompt: Prompt, answers: Sequence[Answer], tokenizer: ChatTokenizer) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Sampling answers to prompts."""
 
 from prefix_sharing.sampling.choose import SamplingOptions, choose
-from prefix_sharing.sampling.in_process import in_batches, in_process_sampler, sample_answers
+from prefix_sharing.sampling.in_process import in_process_sampler, sample_answers
 from prefix_sharing.sampling.sampler import Answer, Policy, Prompt, Sampler
 from prefix_sharing.sampling.server import ServedSampler, served_sampler
 
@@ -13,7 +13,6 @@ __all__ = [
     "SamplingOptions",
     "ServedSampler",
     "choose",
-    "in_batches",
     "in_process_sampler",
     "sample_answers",
     "served_sampler",

@@ -8,6 +8,7 @@ import torch
 
 from prefix_sharing.errors import UserError
 from prefix_sharing.hosts import build_answer_model
+from prefix_sharing.planning.batches import in_batches
 from prefix_sharing.sampling.choose import SamplingOptions, choose
 from prefix_sharing.sampling.sampler import Answer, Policy, Prompt, Sampler
 
@@ -40,7 +41,8 @@ def in_process_sampler(policy: Policy, tokens_at_once: int = 16384) -> Sampler:
                 f"{options.max_new_tokens} tokens after the longest prompt make {longest:,}, but the model takes "
                 f"{model.max_seq_len:,}; lower max_new_tokens or prompts.max_prompt_len."
             )
-        for batch in in_batches([len(prompt.tokens) for prompt in prompts], options, tokens_at_once):
+        lengths = [options.num_answers * (len(prompt.tokens) + options.max_new_tokens) for prompt in prompts]
+        for batch in in_batches(lengths, tokens_at_once):
             some = [prompts[i] for i in batch]
             answers = sample_answers(model, [p.tokens for p in some], [p.key for p in some], options)
             yield from zip(batch, answers, strict=True)
@@ -110,25 +112,3 @@ def sample_answers(
         )
     ]
     return [answers[i : i + n] for i in range(0, len(answers), n)]
-
-
-def in_batches(lengths: Sequence[int], options: SamplingOptions, tokens_at_once: int) -> Iterator[list[int]]:
-    """Batches of prompts that are alike in length, the longest first.
-
-    Args:
-        lengths (Sequence[int]): tokens of each prompt.
-        options (SamplingOptions): how many tokens may follow.
-        tokens_at_once (int): tokens of a batch with all of its answers; a prompt that is longer is one of its own.
-
-    Yields:
-        list[int]: indices of prompts.
-    """
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[batch[0]] if batch else lengths[i]
-        if batch and (len(batch) + 1) * options.num_answers * (longest + options.max_new_tokens) > tokens_at_once:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
