@@ -15,12 +15,13 @@ from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.config import component_name, instantiate
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.hosts import torchtune
+from prefix_sharing.hosts.answer_model import AnswerModel
 from prefix_sharing.hosts.tree_model import TreeModel
 
 log = logging.getLogger(__name__)
 
 
-def build_answer_model(node: DictConfig, device: torch.device, dtype: torch.dtype) -> Any:
+def build_answer_model(node: DictConfig, device: torch.device, dtype: torch.dtype) -> AnswerModel:
     """Builds the model of a config for generation, without weights.
 
     Args:
@@ -29,7 +30,7 @@ def build_answer_model(node: DictConfig, device: torch.device, dtype: torch.dtyp
         dtype (torch.dtype): what it computes in.
 
     Returns:
-        Any: the host's ``AnswerModel``, with ``load_weights``, ``prefill``, ``repeat`` and ``step``.
+        AnswerModel: the host's.
     """
     with torch.device("meta"), set_default_dtype(dtype):
         model = instantiate("model", node)

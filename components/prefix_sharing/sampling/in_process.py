@@ -1,13 +1,13 @@
 """Sampling by the process that trains: a prompt is computed once, and its answers go on from there side by side."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from prefix_sharing.errors import UserError
 from prefix_sharing.hosts import build_answer_model
+from prefix_sharing.hosts.answer_model import AnswerModel
 from prefix_sharing.planning.batches import in_batches
 from prefix_sharing.sampling.choose import SamplingOptions, choose
 from prefix_sharing.sampling.sampler import Answer, Policy, Prompt, Sampler
@@ -66,12 +66,12 @@ def draws(seed: int, prompt: str, answer: int, length: int) -> np.ndarray:
 
 
 def sample_answers(
-    model: Any, prompts: Sequence[np.ndarray], keys: Sequence[str], options: SamplingOptions
+    model: AnswerModel, prompts: Sequence[np.ndarray], keys: Sequence[str], options: SamplingOptions
 ) -> list[list[Answer]]:
     """Samples answers to a few prompts, all at once.
 
     Args:
-        model (Any): a host's ``AnswerModel``, with weights.
+        model (AnswerModel): a host's, with weights.
         prompts (Sequence[np.ndarray]): token ids of each, shape ``[L]``.
         keys (Sequence[str]): what decides the random numbers of each, in hexadecimal digits.
         options (SamplingOptions): how.

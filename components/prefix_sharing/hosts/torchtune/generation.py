@@ -39,16 +39,7 @@ class AnswerModel:
         load_weights(self.model, checkpoint, seed)
 
     def prefill(self, tokens: torch.Tensor, is_token: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-        """Begins with prompts.
-
-        Args:
-            tokens (torch.Tensor): their token ids, padded at the left, shape ``[P, L]``.
-            is_token (torch.Tensor): which are no padding, shape ``[P, L]``.
-            max_new_tokens (int): how many will follow at most.
-
-        Returns:
-            torch.Tensor: logits of the next token of each, shape ``[P, vocab]``.
-        """
+        """See ``hosts.answer_model.AnswerModel``."""
         if self.model.caches_are_setup():
             delete_kv_caches(self.model)
         num_prompts, length = tokens.shape
@@ -60,7 +51,7 @@ class AnswerModel:
         return self._forward(tokens, mask, (is_token.cumsum(1) - 1).clamp(min=0))
 
     def repeat(self, times: int) -> None:
-        """Has each sequence go on in so many ways; what was computed of it is kept, not computed again."""
+        """See ``hosts.answer_model.AnswerModel``."""
         for cache in self.model.modules():
             if isinstance(cache, KVCache):
                 cache.k_cache, cache.v_cache = (x.repeat_interleave(times, 0) for x in (cache.k_cache, cache.v_cache))
@@ -68,14 +59,7 @@ class AnswerModel:
         self._is_token = self._is_token.repeat_interleave(times, dim=0)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Adds a token to each sequence.
-
-        Args:
-            tokens (torch.Tensor): token ids, shape ``[B]``.
-
-        Returns:
-            torch.Tensor: logits of the next ones, shape ``[B, vocab]``.
-        """
+        """See ``hosts.answer_model.AnswerModel``."""
         self._length += 1
         position = self._is_token[:, : self._length].sum(1, keepdim=True) - 1
         mask = self._is_token.clone()

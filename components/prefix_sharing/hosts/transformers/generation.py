@@ -36,34 +36,18 @@ class AnswerModel:
         load_weights(self.model, checkpoint, seed)
 
     def prefill(self, tokens: torch.Tensor, is_token: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-        """Begins with prompts.
-
-        Args:
-            tokens (torch.Tensor): their token ids, padded at the left, shape ``[P, L]``.
-            is_token (torch.Tensor): which are no padding, shape ``[P, L]``.
-            max_new_tokens (int): not used: the cache grows.
-
-        Returns:
-            torch.Tensor: logits of the next token of each, shape ``[P, vocab]``.
-        """
+        """See ``hosts.answer_model.AnswerModel``."""
         self._cache = DynamicCache(config=self.model.config)
         self._is_token = is_token
         return self._forward(tokens, (is_token.cumsum(1) - 1).clamp(min=0))
 
     def repeat(self, times: int) -> None:
-        """Has each sequence go on in so many ways; what was computed of it is kept, not computed again."""
+        """See ``hosts.answer_model.AnswerModel``."""
         self._cache.batch_repeat_interleave(times)
         self._is_token = self._is_token.repeat_interleave(times, dim=0)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Adds a token to each sequence.
-
-        Args:
-            tokens (torch.Tensor): token ids, shape ``[B]``.
-
-        Returns:
-            torch.Tensor: logits of the next ones, shape ``[B, vocab]``.
-        """
+        """See ``hosts.answer_model.AnswerModel``."""
         position = self._is_token.sum(1, keepdim=True)
         self._is_token = torch.cat([self._is_token, torch.ones_like(self._is_token[:, :1])], dim=1)
         return self._forward(tokens[:, None], position)
