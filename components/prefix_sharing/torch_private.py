@@ -14,6 +14,7 @@ name                          what for
 ``TorchDispatchMode``         sees every operator: the benchmark counts matrix products, and knows ``CPU_ATTENTION``
                               and ``GROUPED_PRODUCT``; ``ShapesOfGroupedProducts``
 ``local_dtensor``             a sharded tensor around a local one that ``DTensor.from_local`` cannot take
+``PLACES_IN_TENSORS``         under which key ``HuggingFaceStorageReader`` finds where a rank's part of a tensor lies
 ============================= =========================================================================================
 """
 
@@ -26,6 +27,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY as PLACES_IN_TENSORS
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,6 +41,7 @@ __all__ = [
     "CPU_ATTENTION",
     "CPU_ATTENTION_BACKWARD",
     "GROUPED_PRODUCT",
+    "PLACES_IN_TENSORS",
     "FSDPMemTracker",
     "FakeStore",
     "FakeTensorMode",

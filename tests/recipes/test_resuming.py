@@ -247,7 +247,7 @@ def test_a_checkpoint_is_on_the_disk_before_the_one_before_it_is_deleted(tmp_pat
     monkeypatch.setattr(shutil, "rmtree", see_rmtree)
     run_in_process(tmp_path, **KEYS | {"keep_last_n": 1, "epochs": 1, "dataset_val": None})
     monkeypatch.undo()
-    shard = "shard-00001-model-00001-of-00001.safetensors"
+    shard = "shard-00001.safetensors"
     order = [shard, "checkpoint.json", "step_4.writing", "checkpoints", "step_3 removed"]
     last = {name: number for number, name in enumerate(seen)}
     assert sorted(order, key=last.__getitem__) == order
@@ -313,8 +313,8 @@ def _small_disk():
 @pytest.mark.usefixtures("_small_disk")
 def test_a_save_that_does_not_fit_says_what_it_takes(tmp_path):
     message = (
-        r"step_3\.writing could not be written \(\[Errno 27\] File too large\); it takes \d+\.\d MB, and .* are free "
-        r"there\. The checkpoints before it are whole; resume=auto continues from the last one\."
+        r"step_3\.writing could not be written \(File too large \(os error 27\)\); it takes \d+\.\d MB, and .* are "
+        r"free there\. The checkpoints before it are whole; resume=auto continues from the last one\."
     )
     with pytest.raises(UserError, match=message):
         run_in_process(tmp_path, **KEYS)

@@ -8,7 +8,6 @@ of it is on the disk, so that it is either whole or not there. No file of it is 
 
 import json
 import logging
-import os
 import re
 import shutil
 import time
@@ -24,7 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -36,6 +35,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from prefix_sharing.checkpoint.state import UNFINISHED, readable_size
+from prefix_sharing.checkpoint.tensor_files import TensorFileWriter, bring_to_disk
 from prefix_sharing.distributed import broadcast_object, is_rank_zero, sum_over_ranks, this_rank
 from prefix_sharing.distributed.ranks import all_gather_objects
 from prefix_sharing.errors import UserError
@@ -133,8 +133,12 @@ class TrainingCheckpoints:
             json.dumps(content)  # what cannot be written is to be known at once
         except TypeError as error:
             raise UserError(f"The state of optimizer or schedule cannot be saved: {error}.") from error
-        writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
-        written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        written = dcp.async_save(
+            tensors,
+            storage_writer=TensorFileWriter(directory),
+            process_group=self._group,
+            no_dist=self._group is None,
+        )
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         self._pending = _Pending(cast(Future, written), directory, content, size)
 
@@ -156,7 +160,7 @@ class TrainingCheckpoints:
         files, problem = {}, None
         try:
             pending.written.result()
-            mine = sorted(pending.directory.glob(f"shard-{this_rank().rank + 1:05}-*"))
+            mine = sorted(pending.directory.glob(f"shard-{this_rank().rank + 1:05}.safetensors"))
             files = {file.name: _described(file) for file in mine}
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             problem = _could_not_be_written(pending, error)
@@ -176,12 +180,12 @@ class TrainingCheckpoints:
     def _make_visible(self, pending: _Pending, files: dict[str, dict[str, Any]]) -> None:
         content = pending.content | {"files": files}
         (pending.directory / _ABOUT).write_bytes(_with_checksum(content))
-        _bring_to_disk(pending.directory / _ABOUT)
-        _bring_to_disk(pending.directory)
+        bring_to_disk(pending.directory / _ABOUT)
+        bring_to_disk(pending.directory)
         directory = pending.directory.with_suffix("")
         shutil.rmtree(directory, ignore_errors=True)
         pending.directory.rename(directory)
-        _bring_to_disk(self._directory)  # before older ones are deleted: the power may fail
+        bring_to_disk(self._directory)  # before older ones are deleted: the power may fail
         log.info("Training state saved to %s", directory)
         # Later ones, which are damaged or another run's, are not what this run would continue from.
         own = [found for found in find_checkpoints(self._directory) if _step_of(found) <= content["step"]]
@@ -310,10 +314,10 @@ def _part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def _could_not_be_written(pending: _Pending, error: BaseException) -> str:
     # What the file system said is at the end of what torch says, whose exceptions hold those of the ranks.
     reason = " ".join(str(error).split())[-300:]
-    found = re.findall(r"\[Errno \d+\] [\w ]+|No space left on device", reason)
+    found = re.findall(r"\[Errno \d+\] [\w ]+|[\w ]+ \(os error \d+\)", reason)
     free = readable_size(shutil.disk_usage(pending.directory.parent).free)
     return (
-        f"{pending.directory} could not be written ({found[-1] if found else reason}); it takes "
+        f"{pending.directory} could not be written ({found[-1].strip() if found else reason}); it takes "
         f"{readable_size(pending.size)}, and {free} are free there"
     )
 
@@ -322,17 +326,6 @@ def _with_checksum(content: dict[str, Any]) -> bytes:
     """What ``checkpoint.json`` holds: its last key is a checksum of the others, and what is read gives it again."""
     checksum = xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
     return json.dumps(content | {_CHECKSUM: checksum}, indent=1).encode()
-
-
-def _bring_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():  # for which some file systems cannot
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _described(file: Path) -> dict[str, Any]:
