@@ -29,7 +29,7 @@ from prefix_sharing.distributed import (
 from prefix_sharing.hosts import TreeModel, load_checkpoint, save_checkpoint
 from prefix_sharing.losses import LossOutput
 from prefix_sharing.memory import memory_by_part, peak_memory
-from prefix_sharing.reference import Reference, set_up_reference
+from prefix_sharing.reference import Reference, load_reference, set_up_reference
 from prefix_sharing.reports import draw_curves, report_margins
 from prefix_sharing.run import (
     Evaluation,
@@ -113,6 +113,7 @@ class PrefixDPORecipeDistributed:
             self.reference, self.reference_val = set_up_reference(
                 cfg,
                 checkpoint,
+                self.load_reference(),
                 [(self.dataset, visited), (self.dataset_val, self.plan_val)],
                 seed=self.seed,
                 model=self.model,
@@ -126,6 +127,10 @@ class PrefixDPORecipeDistributed:
     def load_checkpoint(self) -> tuple[Any, Checkpoint]:
         """What writes checkpoints, and the weights to begin with."""
         return load_checkpoint("checkpointer", self.cfg.checkpointer, adapter=self.cfg.adapter_checkpoint)
+
+    def load_reference(self) -> Checkpoint | None:
+        """The weights of the reference, where they are not those to begin with."""
+        return load_reference(self.cfg)
 
     def new_model(self) -> TreeModel:
         """Allocates a sharded model without weights. They and optimizer state are fp32; layers cast to ``dtype``."""

@@ -8,6 +8,7 @@ held-out prompts are answered and judged. Everything of round k is in ``round_k`
 there is not done again, so that a run that was stopped at any moment goes on when it is started again.
 """
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -20,22 +21,36 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from tqdm import tqdm
 
 from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
-from prefix_sharing.checkpoint import Checkpoint
+from prefix_sharing.attention import rounding_of
+from prefix_sharing.checkpoint import Checkpoint, load_optimizer_state_into, newest_checkpoint
 from prefix_sharing.config import TrainingConfig, at_least, component_name, instantiate, parse
-from prefix_sharing.distributed import broadcast_object, is_rank_zero, this_rank, wait_for_all_ranks
-from prefix_sharing.errors import ConfigError
+from prefix_sharing.datasets import PrefixPreferenceDataset, StepLoader
+from prefix_sharing.distributed import broadcast_object, is_rank_zero, sum_over_ranks, this_rank, wait_for_all_ranks
+from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.fingerprint import fingerprint
-from prefix_sharing.hosts import load_checkpoint, load_trained_checkpoint
-from prefix_sharing.online import RoundTable, in_parts, judged_answers, read_rows, row_of, sampler_differences
+from prefix_sharing.hosts import load_checkpoint, load_trained_checkpoint, merged_weights, read_weight_file
+from prefix_sharing.online import (
+    RoundTable,
+    in_parts,
+    judged_answers,
+    read_rows,
+    row_of,
+    sampled_answers,
+    sampled_preference_dataset,
+    sampler_differences,
+)
+from prefix_sharing.online.average import WEIGHTS, write_average
 from prefix_sharing.online.held_out import HeldOut, compare
 from prefix_sharing.reference import KnownReference, fingerprint_reference
 from prefix_sharing.reports.online import describe_rounds, plot_rounds, write_answers
 from prefix_sharing.run import set_up_device, set_up_logging
-from prefix_sharing.run.directory import full_disk_explained, locked_output_dir
+from prefix_sharing.run.data import plan_of_pass
+from prefix_sharing.run.directory import CHECKPOINTS, full_disk_explained, locked_output_dir
 from prefix_sharing.run.optimization import choose_seed
 from prefix_sharing.run.setup import compute_dtype
 from prefix_sharing.run.signals import stop_signals
 from prefix_sharing.sampling import Policy, Prompt, SamplingOptions
+from prefix_sharing.trees import RowOptions
 
 log = logging.getLogger("prefix_sharing.recipe")
 
@@ -77,8 +92,17 @@ class OnlineConfig(TrainingConfig):
     """Texts of tokens that end an answer, beside the tokenizer's own."""
     pairs: Literal["best_vs_worst", "best_vs_rest", "adjacent", "all"] = "best_vs_worst"
     """Which of a prompt's answers are compared."""
-    online_reference: Literal["first", "previous"] = "first"
-    """The reference model: the policy that the run began with, or the one that the round begins with."""
+    dataset_offline: Any = None
+    """Preference data mixed into each round: keys of ``prefix_sharing.datasets.prefix_preference_dataset`` and
+    ``weight``, its share of the round's examples."""
+    online_reference: Literal["first", "previous", "average"] = "first"
+    """The reference model: the policy that the run began with, the one that the round begins with, or a moving average
+    that begins with the first and takes in the policy after every round, as TR-DPO."""
+    ref_model_mixup_alpha: float = at_least(0, default=0.6)
+    """The policy's share in the average, at most 1."""
+    carry_optimizer: bool = False
+    """Whether the optimizer goes on with the moments that it had at the end of the round before; its schedule begins
+    anew in any case."""
     stop_when_worse: bool = False
     """Whether to stop after a round that lowers the judged mean on held-out prompts."""
     num_shown: int = at_least(0, default=8)
@@ -98,16 +122,26 @@ class RoundOfTraining:
 
     Attributes:
         begins_with (Checkpoint | None): the weights to begin with. None for the checkpointer's.
+        measured_from (Checkpoint | None): the reference's. None for the weights to begin with, or what the config says.
+        optimizer_of (Path | None): training checkpoints of the round whose optimizer goes on. None for a new one.
+        answers (Path): the round's judged answers.
     """
 
     begins_with: Checkpoint | None = None
+    measured_from: Checkpoint | None = None
+    optimizer_of: Path | None = None
+    answers: Path
 
     def setup(self: Any) -> None:
         """As for any training; then compares the sampler's log-probs with the trainer's, where they should be equal."""
         super().setup()  # type: ignore[misc]
-        if self.cfg.ref_checkpointer is not None or not isinstance(self.reference, KnownReference):
+        if self.optimizer_of is not None and self.resumed is None:
+            self.carry_optimizer(self.optimizer_of)
+        is_policy = self.measured_from is None and self.cfg.ref_checkpointer is None
+        self.begins_with = self.measured_from = None  # the model has the weights now
+        if not is_policy or not isinstance(self.reference, KnownReference):
             return  # the reference is not the policy that has sampled, or its log-probs come later
-        rows = read_rows(Path(self.cfg.dataset.data_files))
+        rows = read_rows(self.answers)
         apart = sampler_differences(self.dataset, rows, self.reference.log_probs.double().cpu().numpy())
         if len(apart):
             mean, largest = apart.mean(), apart.max()
@@ -119,6 +153,34 @@ class RoundOfTraining:
         """What writes checkpoints, and the weights to begin with."""
         checkpointer, checkpoint = super().load_checkpoint()  # type: ignore[misc]
         return checkpointer, checkpoint if self.begins_with is None else self.begins_with
+
+    def load_reference(self: Any) -> Checkpoint | None:
+        """The weights of the reference, where they are not those to begin with."""
+        return super().load_reference() if self.measured_from is None else self.measured_from  # type: ignore[misc]
+
+    def carry_optimizer(self: Any, checkpoints: Path) -> None:
+        """Gives the optimizer the moments that it had at the end of another round."""
+        found = newest_checkpoint(checkpoints, None)
+        if found is None:
+            raise UserError(f"{checkpoints} has no whole checkpoint; set carry_optimizer=False to begin anew.")
+        load_optimizer_state_into(found, self.model, self.optimizer)
+
+    @torch.no_grad()
+    def log_probs(self: Any, dataset: PrefixPreferenceDataset, checkpoints: Sequence[Checkpoint]) -> list[np.ndarray]:
+        """Log-probs of a data set's responses by several checkpoints, shape ``[N, K]`` each; in place of training."""
+        model = self.new_model().eval()
+        options = RowOptions(round_length=rounding_of(model.attention_backend))
+        loader = StepLoader(self.device, options, num_workers=0)
+        found = []
+        for checkpoint in checkpoints:
+            model.load_weights(checkpoint, self.cfg.seed)
+            log_probs = torch.zeros(len(dataset), dataset.num_responses, dtype=torch.float64, device=self.device)
+            for step in loader(dataset, plan_of_pass(self.cfg, dataset, model, ranks=this_rank()).epoch()):
+                for row in step.rows:
+                    row = row.to(self.device)
+                    log_probs[row.example_index] = self.forward(model, row).log_probs.double()
+            found.append(sum_over_ranks(log_probs).cpu().numpy())
+        return found
 
 
 class SingleDeviceRound(RoundOfTraining, PrefixDPORecipeSingleDevice):
@@ -149,6 +211,14 @@ class PrefixDPOOnline:
     ) -> None:
         if cfg.dataset is not None or cfg.dataset_val is not None:
             raise ConfigError("dataset", "not used: prompts and prompts_val are what a round is made of; remove it")
+        if cfg.ref_checkpointer is not None and cfg.online_reference != "first":
+            raise ConfigError("ref_checkpointer", f"not used with online_reference: {cfg.online_reference}; remove it")
+        if cfg.ref_model_mixup_alpha > 1:
+            raise ConfigError("ref_model_mixup_alpha", f"must be at most 1, but is {cfg.ref_model_mixup_alpha}")
+        weight = 0.5 if cfg.dataset_offline is None else cfg.dataset_offline.get("weight")
+        if not isinstance(weight, float) or not 0 < weight < 1:
+            problem = f"is {weight}; give the offline data's share of a round's examples, more than 0 and less than 1"
+            raise ConfigError("dataset_offline.weight", problem)
         self.cfg, self.device, self.round_class = cfg, device, round_class
         self.training_keys = [field.name for field in fields(training_keys)]
         self.output_dir = Path(cfg.output_dir)
@@ -177,8 +247,9 @@ class PrefixDPOOnline:
             self.train(number)
             answered = self.answer_held_out(number)
             new = HeldOut.of_rows(answered)
-            metrics.append(compare(new, before, first) | self.describe_pairs(number))
+            metrics.append(compare(new, before, first) | {"kl": self.kl_to_first(number, answered)})
             if is_rank_zero():
+                metrics[-1] |= self.describe_pairs(number)
                 self.report(number, metrics, {**shown, f"after round {number}": answered})
             if cfg.stop_when_worse and metrics[-1]["score"] < metrics[-2]["score"]:
                 log.warning("The judged mean has fallen; round %d was the last (stop_when_worse)", number)
@@ -214,14 +285,21 @@ class PrefixDPOOnline:
         cfg.output_dir = cfg.checkpointer.output_dir = directory
         if "log_dir" in cfg.metric_logger:
             cfg.metric_logger.log_dir = f"{directory}/logs"
-        cfg.dataset = {
+        sampled = {
             "_component_": "prefix_sharing.online.sampled_preference_dataset",
             "data_files": f"{directory}/scores.parquet",
             "pairs": self.cfg.pairs,
         }
         cfg.seed, cfg.resume = self.seed + number, "auto"
-        if number > 0 and self.cfg.online_reference == "first" and cfg.ref_checkpointer is None:
-            cfg.ref_checkpointer = self.cfg.checkpointer
+        offline = self.cfg.dataset_offline
+        if offline is None:
+            cfg.dataset = sampled
+        else:
+            cfg.dataset = {
+                "_component_": "prefix_sharing.datasets.preference_mixture",
+                "datasets": [sampled | {"weight": 1 - offline.weight}, offline],
+                "seed": cfg.seed,
+            }
         return cfg
 
     def policy_after(self, number: int) -> tuple[Checkpoint, Path | None, str | None]:
@@ -254,15 +332,52 @@ class PrefixDPOOnline:
         self.sample(number)
         self.judge_answers(self.directory(number))
         recipe = self.round_class(cfg, self.device)
-        recipe.begins_with = None if number == 0 else self.policy_after(number - 1)[0]
+        recipe.answers = self.directory(number) / "scores.parquet"
+        if number > 0:
+            recipe.begins_with = self.policy_after(number - 1)[0]
+            recipe.measured_from = self.reference_before(number)
+            if self.cfg.carry_optimizer:
+                recipe.optimizer_of = self.directory(number - 1) / CHECKPOINTS
         with locked_output_dir(cfg):
             try:
                 recipe.setup()
-                self._policy = recipe.begins_with = None  # the model has the weights now
+                self._policy = None  # the model has the weights now
                 with stop_signals() as stop:
                     recipe.train(stop)
             finally:
                 recipe.cleanup()
+
+    def reference_before(self, number: int) -> Checkpoint | None:
+        """What a later round's rewards are measured from; None for the policy that it begins with, or the config's."""
+        cfg = self.cfg
+        if cfg.online_reference == "previous" or cfg.ref_checkpointer is not None:
+            return None
+        reference = self._checkpoint_after(-1)[0]
+        if cfg.online_reference == "first":
+            return reference
+        for k in range(number):
+            where = self.directory(k) / "reference"
+            if not where.is_dir():
+                policy = self._checkpoint_after(k)[0]
+                weights = [merged_weights(cfg.model, checkpoint) for checkpoint in (reference, policy)]
+                write_average(weights[0], weights[1], cfg.ref_model_mixup_alpha, where)
+            reference = read_weight_file(cfg.checkpointer, where / WEIGHTS)
+        return reference
+
+    def kl_to_first(self, number: int, answered: list[dict[str, Any]]) -> float:
+        """The KL divergence of a policy to the first one in nats a token, estimated on its own held-out answers."""
+        file = self.directory(number) / "kl.json"
+        if not broadcast_object(file.exists()):
+            dataset = sampled_answers(answered, f"answers in {self.directory(number)}/held_out")
+            cfg = OmegaConf.merge(self.training_config(number), {"compile": False})  # not for a few Rows
+            policies = [self._checkpoint_after(number)[0], self._checkpoint_after(-1)[0]]
+            by_policy, by_first = self.round_class(cfg, self.device).log_probs(dataset, policies)
+            tokens = HeldOut.of_rows(answered).lengths.sum()
+            if is_rank_zero():
+                written = {"kl": float((by_policy - by_first).sum() / tokens)}
+                file.write_text(json.dumps(written), encoding="utf-8")
+            wait_for_all_ranks()
+        return json.loads(file.read_text(encoding="utf-8"))["kl"]
 
     def sample(self, number: int) -> None:
         """Leaves the answers of a round in its ``answers.parquet``."""
@@ -335,9 +450,15 @@ class PrefixDPOOnline:
         wait_for_all_ranks()
 
     def describe_pairs(self, number: int) -> dict[str, float]:
-        """What became of a round's answers: the share of prompts whose answers all have one score."""
-        scores = np.array([row["scores"] for row in read_rows(self.directory(number) / "scores.parquet")])
-        return {"share_tied": float(np.mean(np.nanmax(scores, axis=1) == np.nanmin(scores, axis=1)))}
+        """What became of a round's answers: the share of prompts whose answers are tied, and what sharing has saved."""
+        file = self.directory(number) / "scores.parquet"
+        scores = np.array([row["scores"] for row in read_rows(file)])
+        trees = sampled_preference_dataset(self.tokenizer, data_files=str(file), pairs=self.cfg.pairs)
+        shared, separate = (trees.sizes(share_prefix).num_tokens.sum() for share_prefix in (True, False))
+        return {
+            "share_tied": float(np.mean(np.nanmax(scores, axis=1) == np.nanmin(scores, axis=1))),
+            "tokens_saved": float(1 - shared / separate),
+        }
 
     def warn_of_length(self, metrics: dict[str, float]) -> None:
         """Says so where answers have become better mostly by becoming longer."""

@@ -20,7 +20,7 @@ from prefix_sharing.distributed import this_rank
 from prefix_sharing.hosts import TreeModel, load_checkpoint, save_checkpoint
 from prefix_sharing.losses import LossOutput
 from prefix_sharing.memory import memory_by_part, peak_memory
-from prefix_sharing.reference import Reference, set_up_reference
+from prefix_sharing.reference import Reference, load_reference, set_up_reference
 from prefix_sharing.reports import draw_curves, report_margins
 from prefix_sharing.run import (
     Evaluation,
@@ -65,6 +65,7 @@ class PrefixDPORecipeSingleDevice:
     def __init__(self, cfg: DictConfig, device: torch.device) -> None:
         self.cfg = cfg
         self.device = device
+        self.autocast = torch.autocast(device.type, compute_dtype(cfg), enabled=cfg.dtype == "bf16")
         self.metric_logger: Any = None
 
     def setup(self) -> None:
@@ -77,7 +78,6 @@ class PrefixDPORecipeSingleDevice:
         tokenizer = instantiate("tokenizer", cfg.tokenizer)
         self.dataset, self.dataset_val = build_datasets(cfg, tokenizer, self.model, self.loss)
         self.step_loader = build_loader(cfg, self.model, self.loss, self.device)
-        self.autocast = torch.autocast(self.device.type, compute_dtype(cfg), enabled=cfg.dtype == "bf16")
         self.activations_handling = self.model.offload_activations(cfg.enable_activation_offloading)
         self.seed = choose_seed(cfg.seed, self.resumed)
         self.plan = build_plan(cfg, self.dataset, self.model, self.loss, seed=self.seed, ranks=this_rank())
@@ -103,6 +103,7 @@ class PrefixDPORecipeSingleDevice:
             self.reference, self.reference_val = set_up_reference(
                 cfg,
                 checkpoint,
+                self.load_reference(),
                 [(self.dataset, visited), (self.dataset_val, self.plan_val)],
                 seed=self.seed,
                 model=self.model,
@@ -116,6 +117,10 @@ class PrefixDPORecipeSingleDevice:
     def load_checkpoint(self) -> tuple[Any, Checkpoint]:
         """What writes checkpoints, and the weights to begin with."""
         return load_checkpoint("checkpointer", self.cfg.checkpointer, adapter=self.cfg.adapter_checkpoint)
+
+    def load_reference(self) -> Checkpoint | None:
+        """The weights of the reference, where they are not those to begin with."""
+        return load_reference(self.cfg)
 
     def new_model(self) -> TreeModel:
         """Allocates a model without weights. They and optimizer state are fp32; ``forward`` casts to ``dtype``."""

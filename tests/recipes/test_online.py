@@ -1,7 +1,9 @@
 """Rounds of sampling, judging and training: they improve a policy, and go on wherever they were stopped."""
 
 import itertools
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ from safetensors.torch import load_file
 
 import prefix_dpo_online
 from prefix_dpo_online import OnlineConfig, PrefixDPOOnline
-from prefix_sharing.config import check_config, find_config
+from prefix_sharing.config import check_config, find_config, instantiate
 from prefix_sharing.errors import UserError
 from prefix_sharing.online import RoundTable, read_rows, row_of, tables
+from prefix_sharing.online.average import write_average
 from prefix_sharing.run import set_up_device
 from processes import run_on_ranks
 from runs import losses, tune_run
@@ -64,7 +67,7 @@ def results(directory):
 def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
     make_run(directory).run()
-    return (*results(directory), [losses(directory / f"round_{k}") for k in range(2)])
+    return (*results(directory), [losses(directory / f"round_{k}") for k in range(2)], directory)
 
 
 def assert_same(found, expected):
@@ -238,17 +241,102 @@ def test_rounds_take_the_prompts_by_turns(tmp_path):
     assert len({*first}) == len({*second}) == len({*third}) == 16
 
 
-def test_the_reference_is_the_first_policy_or_the_previous_one(tmp_path):
-    for reference, first_loss in (("previous", 0.693147), ("first", None)):
-        directory = tmp_path / reference
-        run = make_run(directory, online_reference=reference)
-        run.run()
-        log = next((directory / "round_1" / "logs").glob("*.txt")).read_text()
-        loss = float(log.split("loss:")[1].split()[0])
-        if first_loss is not None:
-            assert loss == pytest.approx(first_loss, abs=1e-6)  # the policy is its own reference
-        else:
-            assert abs(loss - 0.693147) > 1e-4
+def after_round_0(tmp_path, whole, **overrides):
+    """A run whose first round is done, as that of ``whole`` is: there, every reference is the policy itself."""
+    for part in ("first_policy", "round_0"):
+        shutil.copytree(whole[3] / part, tmp_path / part)
+    return make_run(tmp_path, **overrides)
+
+
+def first_rewards(directory):
+    log = next((directory / "round_1" / "logs").glob("*.txt")).read_text()
+    return [float(number) for number in re.findall(r"rewards/(?:chosen|rejected):(\S+)", log)[:2]]
+
+
+def test_an_average_reference_is_between_the_first_policy_and_the_last_one(tmp_path, whole):
+    """By its weights, which are compared with the files; by its rewards, which at either end are those of that end."""
+    found = {}
+    for share in (0.0, 0.6, 1.0):
+        run = after_round_0(
+            tmp_path / str(share), whole, online_reference="average", ref_model_mixup_alpha=share, prompts_per_round=12
+        )
+        run.train(1)
+        found[share] = first_rewards(tmp_path / str(share))
+        average = load_file(tmp_path / str(share) / "round_0" / "reference" / "model.safetensors")
+        first, last = (run.policy_after(k)[0].weights for k in (-1, 0))
+        for name, tensor in average.items():
+            torch.testing.assert_close(tensor, (1 - share) * first[name] + share * last[name], rtol=1e-6, atol=1e-7)
+    after_round_0(tmp_path / "first", whole, online_reference="first").train(1)
+    assert found[0.0] == first_rewards(tmp_path / "first") != [0.0, 0.0]
+    assert found[1.0] == [0.0, 0.0]
+    assert all(0 < abs(between) < abs(end) for between, end in zip(found[0.6], found[0.0], strict=True))
+
+
+def test_an_average_of_averages_goes_on(tmp_path):
+    weights = [{"w": torch.tensor([float(k)])} for k in range(3)]
+    write_average(weights[0], weights[1], 0.25, tmp_path / "a")
+    write_average(load_file(tmp_path / "a" / "model.safetensors"), weights[2], 0.25, tmp_path / "b")
+    assert load_file(tmp_path / "b" / "model.safetensors")["w"].item() == 0.75 * 0.25 + 0.25 * 2
+    with pytest.raises(UserError, match="only one of policy and reference has v; their models differ"):
+        write_average(weights[0], weights[0] | {"v": torch.ones(1)}, 0.5, tmp_path / "c")
+
+
+def test_an_optimizer_goes_on_and_its_schedule_begins_anew(tmp_path, whole, monkeypatch):
+    seen = {}
+
+    def stop(recipe, _):
+        names = {parameter: name for name, parameter in recipe.model.named_parameters()}
+        seen.update({names[parameter]: state for parameter, state in recipe.optimizer.state.items()})
+        seen["lr"] = [group["lr"] for group in recipe.optimizer.param_groups]
+
+    monkeypatch.setattr(prefix_dpo_online.SingleDeviceRound, "train", stop)
+    after_round_0(tmp_path / "new", whole).train(1)
+    assert seen == {"lr": [3e-3]}
+    after_round_0(tmp_path / "old", whole, carry_optimizer=True, **{"optimizer.lr": 1e-4}).train(1)
+    assert seen.pop("lr") == [1e-4]
+    (file,) = (tmp_path / "old" / "round_0" / "checkpoints" / "step_3").glob("*.safetensors")
+    saved = load_file(file)
+    for name, state in seen.items():
+        for key, tensor in state.items():
+            assert torch.equal(tensor, saved[f"optimizer.state.{name}.{key}"]), name
+    assert seen["norm.scale"]["step"] == 3
+
+
+def test_offline_pairs_are_their_share_of_a_round(tmp_path, whole):
+    offline = [{"prompt": f"Q {i}", "chosen": f"an apple {i}", "rejected": "no"} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in offline))
+    given = {"source": "json", "data_files": str(tmp_path / "pairs.jsonl"), "split": "train", "weight": 0.25}
+    run = after_round_0(tmp_path / "out", whole, dataset_offline=given)
+    run.train(1)
+    dataset = instantiate("dataset", run.training_config(1).dataset, run.tokenizer)
+    sampled = int((dataset.record_index < 12).sum())
+    assert 9 <= sampled <= 12
+    assert len(dataset) - sampled == round(sampled / 3)
+    assert first_rewards(tmp_path / "out") == [0.0, 0.0]
+    for weight in (None, 1.0, 0, "half"):
+        with pytest.raises(UserError, match=f"'dataset_offline.weight': is {weight}; give the offline data's share"):
+            make_run(tmp_path / "no", dataset_offline=given | {"weight": weight})
+
+
+@torch.no_grad()
+def test_divergence_is_that_of_plain_models(whole):
+    """By torchtune's model on each answer by itself."""
+    directory = whole[3]
+    run = make_run(directory)
+    for k in range(2):
+        rows, total, tokens = read_rows(directory / f"round_{k}" / "held_out" / "scores.parquet"), 0.0, 0
+        for after, sign in ((k, 1), (-1, -1)):
+            model = instantiate("model", run.cfg.model)
+            model.load_state_dict(run.policy_after(after)[0].weights)
+            for row in rows:
+                for answer in row["answers"]:
+                    ids = torch.tensor([row["prompt_tokens"] + answer])
+                    log_probs = model(ids)[0].double().log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+                    total += sign * log_probs[-len(answer) :].sum().item()
+                    tokens += len(answer) * (sign > 0)
+        assert json.loads((directory / f"round_{k}" / "kl.json").read_text())["kl"] == pytest.approx(
+            total / tokens, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -260,6 +348,11 @@ def test_the_reference_is_the_first_policy_or_the_previous_one(tmp_path):
             {"dataset": {"_component_": "prefix_sharing.quickstart.preference_pairs", "num_pairs": 3}},
             "'dataset': not used",
         ),
+        (
+            {"ref_checkpointer": {"_component_": "torch.optim.AdamW"}, "online_reference": "average"},
+            "'ref_checkpointer': not used with online_reference: average",
+        ),
+        ({"ref_model_mixup_alpha": 1.5}, "'ref_model_mixup_alpha': must be at most 1"),
         ({"max_new_tokens": 600}, "but the model takes 512; lower max_new_tokens"),
         ({"judge": {"_component_": "prefix_sharing.judging.function_judge", "function": "math.nan"}}, "is no function"),
         ({"stop": ["several words here"]}, "'stop': 'several words here' is .* tokens"),

@@ -7,10 +7,14 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.24")
 peft = pytest.importorskip("peft")
 
+from omegaconf import OmegaConf  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
 from directories import DIMS, EXPERTS, keys_for, make_directory  # noqa: E402
 from prefix_sharing.errors import UserError  # noqa: E402
+from prefix_sharing.hosts import load_checkpoint, merged_weights  # noqa: E402
 from prefix_sharing.hosts.transformers import lora_causal_lm  # noqa: E402
-from prefix_sharing.hosts.transformers.adapters import merged_weight  # noqa: E402
+from prefix_sharing.hosts.transformers.adapters import have_peft_overlook_torchao, merged_weight  # noqa: E402
 from runs import evaluated_log_probs, losses, run_in_process, transformers_log_probs, went_only_to  # noqa: E402
 
 
@@ -20,6 +24,11 @@ def lora_keys(path, output_dir, save_adapter_weights_only=True, adapter_checkpoi
     keys["model"] = {"_component_": component, "path": path, "lora_rank": 4, **kwargs}
     keys |= {"save_adapter_weights_only": save_adapter_weights_only, "adapter_checkpoint": adapter_checkpoint}
     return keys
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _peft_without_torchao():
+    have_peft_overlook_torchao()  # as whatever adds an adapter does
 
 
 @pytest.fixture
@@ -112,6 +121,22 @@ def test_weights_are_merged_as_peft_merges_them(use_dora):
     found = merged_weight(lora.base_layer.weight, adapter, lora.scaling["default"])
     expected = theirs.merge_and_unload()[0].weight
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_and_its_adapter_make_the_model_that_peft_merges(tmp_path, path):
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(base_of(path), config)
+    theirs.save_pretrained(tmp_path / "adapter")
+    checkpointer = OmegaConf.create({"_component_": "prefix_sharing.hosts.transformers.checkpointer", "path": path})
+    checkpointer.output_dir = str(tmp_path / "out")
+    _, checkpoint = load_checkpoint("checkpointer", checkpointer, adapter=str(tmp_path / "adapter"))
+    model = {"_component_": "prefix_sharing.hosts.transformers.lora_causal_lm", "path": path, "lora_rank": 4}
+    model |= {"lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
+    found = merged_weights(OmegaConf.create(model), checkpoint)
+    expected = theirs.merge_and_unload().state_dict()
+    assert found.keys() == load_file(f"{path}/model.safetensors").keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path, path):

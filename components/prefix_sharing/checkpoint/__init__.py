@@ -12,6 +12,7 @@ from prefix_sharing.checkpoint.training import (
     TrainingCheckpoints,
     find_checkpoints,
     load_checkpoint_into,
+    load_optimizer_state_into,
     newest_checkpoint,
     read_checkpoint,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "find_checkpoints",
     "full_weights",
     "load_checkpoint_into",
+    "load_optimizer_state_into",
     "newest_checkpoint",
     "read_checkpoint",
     "remove_unfinished",

@@ -280,6 +280,33 @@ def load_checkpoint_into(
     """
     state = _state(model, optimizer)
     tensors, _ = _apart(state)
+    _read_into(tensors, checkpoint)
+    state |= tensors | checkpoint.content["others"]
+    set_model_state_dict(model, _part(state, "model."), options=StateDictOptions(strict=False))
+    set_optimizer_state_dict(model, optimizer, _part(state, "optimizer."), options=_TRAINED)
+    if lr_scheduler is not None and checkpoint.content["lr_scheduler"] is not None:
+        lr_scheduler.load_state_dict(checkpoint.content["lr_scheduler"])
+
+
+def load_optimizer_state_into(checkpoint: TrainingCheckpoint, model: nn.Module, optimizer: Optimizer) -> None:
+    """Gives an optimizer the moments that a checkpoint has; its learning rate and the like stay. A collective.
+
+    Args:
+        checkpoint (TrainingCheckpoint): the checkpoint.
+        model (nn.Module): the model, which stays as it is.
+        optimizer (Optimizer): its optimizer.
+
+    Raises:
+        UserError: if it is another model's, or another optimizer's.
+    """
+    state = _state(model, optimizer)
+    moments = {name: tensor for name, tensor in _apart(state)[0].items() if name.startswith("optimizer.state.")}
+    _read_into(moments, checkpoint)
+    set_optimizer_state_dict(model, optimizer, _part(state | moments, "optimizer."), options=_TRAINED)
+
+
+def _read_into(tensors: dict[str, torch.Tensor], checkpoint: TrainingCheckpoint) -> None:
+    """Reads tensors by name; of sharded ones each rank reads its part."""
     try:
         dcp.load(
             tensors,
@@ -289,11 +316,6 @@ def load_checkpoint_into(
     except (dcp.CheckpointException, RuntimeError, ValueError) as error:
         problem = " ".join(str(error).split())[:300]
         raise UserError(f"The checkpoint {checkpoint.directory} does not fit the model: {problem}") from error
-    state |= tensors | checkpoint.content["others"]
-    set_model_state_dict(model, _part(state, "model."), options=StateDictOptions(strict=False))
-    set_optimizer_state_dict(model, optimizer, _part(state, "optimizer."), options=_TRAINED)
-    if lr_scheduler is not None and checkpoint.content["lr_scheduler"] is not None:
-        lr_scheduler.load_state_dict(checkpoint.content["lr_scheduler"])
 
 
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

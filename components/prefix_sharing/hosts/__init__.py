@@ -9,7 +9,9 @@ from prefix_sharing.hosts.choice import (
     check_arithmetic,
     load_checkpoint,
     load_trained_checkpoint,
+    merged_weights,
     paired_model,
+    read_weight_file,
     save_checkpoint,
     to_tree_model,
 )
@@ -25,8 +27,10 @@ __all__ = [
     "compile_layers",
     "load_checkpoint",
     "load_trained_checkpoint",
+    "merged_weights",
     "missing_window",
     "paired_model",
+    "read_weight_file",
     "save_checkpoint",
     "to_tree_model",
 ]

@@ -131,6 +131,34 @@ def load_trained_checkpoint(key: str, node: DictConfig, epoch: int) -> Checkpoin
     return _host_of_checkpointer(node).load_trained_checkpoint(key, node, epoch_dir)
 
 
+def merged_weights(node: DictConfig, checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
+    """What a checkpoint's base and adapter make together.
+
+    Args:
+        node (DictConfig): the config's ``model``.
+        checkpoint (Checkpoint): the checkpoint.
+
+    Returns:
+        Mapping[str, torch.Tensor]: the weights of a model without an adapter; those of the checkpoint if it has none.
+    """
+    with torch.device("meta"):
+        model = instantiate("model", node)
+    return _host_of(model).merged_weights(model, checkpoint)
+
+
+def read_weight_file(node: DictConfig, file: Path) -> Checkpoint:
+    """Finds or reads weights by the names that checkpoints have.
+
+    Args:
+        node (DictConfig): the config's ``checkpointer``.
+        file (Path): a ``model.safetensors`` with nothing else.
+
+    Returns:
+        Checkpoint: as for ``load_checkpoint``.
+    """
+    return _host_of_checkpointer(node).read_weight_file(file)
+
+
 def save_checkpoint(checkpointer: Any, model: TreeModel, *, epoch: int, cfg: DictConfig) -> None:
     """Writes a model as its library does; a collective.
 

@@ -1,7 +1,7 @@
 """Rounds of sampling, judging and training."""
 
 from prefix_sharing.online.agreement import sampler_differences
-from prefix_sharing.online.dataset import sampled_preference_dataset
+from prefix_sharing.online.dataset import sampled_answers, sampled_preference_dataset
 from prefix_sharing.online.judged import judged_answers
 from prefix_sharing.online.prompts import make_prompts, prompt_dataset
 from prefix_sharing.online.tables import RoundTable, in_parts, read_made_by, read_rows, row_of
@@ -15,6 +15,7 @@ __all__ = [
     "read_made_by",
     "read_rows",
     "row_of",
+    "sampled_answers",
     "sampled_preference_dataset",
     "sampler_differences",
 ]

@@ -14,7 +14,8 @@ def sampler_differences(
     """How far apart an answer's log-probs are, by the sampler and by the trainer.
 
     Args:
-        dataset (PrefixPreferenceDataset): what ``sampled_preference_dataset`` made of the rows.
+        dataset (PrefixPreferenceDataset): what ``sampled_preference_dataset`` made of the rows, first of a mixture if
+            it is in one.
         rows (Sequence[Mapping[str, Any]]): of a round's table.
         log_probs (np.ndarray): of each example's responses by the trainer's model, with the weights that sampled them,
             shape ``[N, K]``; NaN where it has none.
@@ -23,7 +24,7 @@ def sampler_differences(
         np.ndarray: absolute differences a token, of the answers for which both have one, shape ``[answers]``.
     """
     found = []
-    for i in range(len(dataset)):
+    for i in np.flatnonzero(dataset.record_index < len(rows)).tolist():
         row = rows[dataset.record_index[i]]
         of_answer = {tuple(answer): k for k, answer in enumerate(row["answers"])}
         for response, log_prob in zip(dataset[i], log_probs[i], strict=False):  # others have more responses

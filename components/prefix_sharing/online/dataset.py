@@ -49,6 +49,32 @@ def sampled_preference_dataset(
     return PrefixPreferenceDataset(table, data_files)
 
 
+def sampled_answers(rows: list[dict[str, Any]], name: str) -> PrefixPreferenceDataset:
+    """All of a table's answers, each prompt an example, compared with none.
+
+    Args:
+        rows (list[dict[str, Any]]): of a round's table.
+        name (str): where they come from, for messages.
+
+    Returns:
+        PrefixPreferenceDataset: the data set.
+    """
+    table = datasets.Dataset.from_generator(_all_answers, gen_kwargs={"rows": rows}, features=FEATURES)
+    return PrefixPreferenceDataset(table, name)
+
+
+def _all_answers(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        prompt = row["prompt_tokens"]
+        yield tokenized_example(
+            [prompt + answer for answer in row["answers"]],
+            [[False] * len(prompt) + [True] * len(answer) for answer in row["answers"]],
+            [],
+            row["key"],
+            remarks=NO_REMARKS,
+        )
+
+
 def _examples(rows: list[dict[str, Any]], pairs: PairStrategy) -> Iterator[dict[str, Any]]:
     for row in rows:
         yield _example(row, pairs)

@@ -69,9 +69,15 @@ Reference = KnownReference | FrozenReference
 """Reference log-probs as a function of a Row."""
 
 
+def load_reference(cfg: DictConfig) -> Checkpoint | None:
+    """What a config names as reference, ``ref_checkpointer``; None where that is what the run starts from."""
+    return None if cfg.ref_checkpointer is None else load_checkpoint("ref_checkpointer", cfg.ref_checkpointer)[1]
+
+
 def set_up_reference(
     cfg: DictConfig,
     checkpoint: Checkpoint,
+    other: Checkpoint | None,
     passes: Sequence[tuple[PrefixPreferenceDataset | None, Plan | None]],
     *,
     seed: int,
@@ -85,6 +91,7 @@ def set_up_reference(
     Args:
         cfg (DictConfig): the run's config.
         checkpoint (Checkpoint): what the run starts from.
+        other (Checkpoint | None): the reference, if it is not what the run starts from; see ``load_reference``.
         passes (Sequence[tuple[PrefixPreferenceDataset | None, Plan | None]]): data sets, each with the plan of a pass
             over the examples that the run will read.
         seed (int): the run's seed, which decides a fresh adapter.
@@ -96,11 +103,8 @@ def set_up_reference(
     Returns:
         list[Reference | None]: for each data set a function of a Row.
     """
-    other = None
-    if cfg.ref_checkpointer is not None:
-        other = load_checkpoint("ref_checkpointer", cfg.ref_checkpointer)[1]
     if not cfg.reference.precompute:
-        if model.has_adapter and cfg.ref_checkpointer is None and cfg.adapter_checkpoint is None:
+        if model.has_adapter and other is None and cfg.adapter_checkpoint is None:
             return [FrozenReference(functools.partial(_without_adapter, forward, model))] * len(passes)
         frozen = new_model()
         frozen.requires_grad_(False).eval()

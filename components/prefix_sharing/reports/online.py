@@ -13,7 +13,9 @@ _COLUMNS = {
     "win_rate_over_first": "wins over first",
     "answer_length": "tokens",
     "entropy": "entropy",
+    "kl": "KL to first",
     "share_tied": "tied",
+    "tokens_saved": "tokens saved",
 }
 
 
@@ -48,7 +50,7 @@ def plot_rounds(rounds: Sequence[Mapping[str, float]], title: str, file: Path) -
         "judged mean on held-out prompts": ("score",),
         "win rate": ("win_rate_over_last", "win_rate_over_first"),
         "tokens in an answer": ("answer_length",),
-        "entropy, nats a token": ("entropy",),
+        "nats a token": ("entropy", "kl"),
     }
     figure = Figure(figsize=(10, 6), layout="constrained")
     for axes, (label, names) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):

@@ -208,6 +208,22 @@ def build_val_plan(
     ).of_pass()
 
 
+def plan_of_pass(cfg: DictConfig, dataset: PrefixPreferenceDataset, model: TreeModel, *, ranks: Ranks) -> Plan:
+    """The plan of a pass over a data set that is not trained on, with an example in each Row.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        dataset (PrefixPreferenceDataset): the data set.
+        model (TreeModel): the model, for what its examples cost.
+        ranks (Ranks): this rank, and how many there are.
+
+    Returns:
+        Plan: for this rank.
+    """
+    sizes = _example_sizes(cfg, dataset, model)
+    return Plan(sizes=sizes, packing=Fixed(1), rank=ranks.rank, world_size=ranks.world_size).of_pass()
+
+
 def log_plan(plan: Plan, dataset: PrefixPreferenceDataset, step_loader: StepLoader) -> None:
     """Logs how full Rows are, how even ranks, how many shapes attention sees, and what sharing saves.
 

@@ -67,6 +67,20 @@ class Policy:
     seed: int
 
 
+def answer_seed(seed: int, prompt: str, answer: int) -> int:
+    """The seed that an engine of its own is given for an answer.
+
+    Args:
+        seed (int): the pass's.
+        prompt (str): the prompt's key.
+        answer (int): which of its answers.
+
+    Returns:
+        int: below 2^31.
+    """
+    return int(np.random.default_rng([seed, answer, int(prompt, 16)]).integers(2**31))
+
+
 class Sampler(Protocol):
     """Samples answers. Built by a config's ``sampler``, which gets the ``Policy`` as its first argument."""
 

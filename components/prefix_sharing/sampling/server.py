@@ -16,7 +16,7 @@ import numpy as np
 from prefix_sharing.distributed import is_rank_zero, wait_for_all_ranks
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.sampling.choose import SamplingOptions
-from prefix_sharing.sampling.sampler import Answer, Policy, Prompt
+from prefix_sharing.sampling.sampler import Answer, Policy, Prompt, answer_seed
 from prefix_sharing.served import Server, is_url
 from prefix_sharing.tokenizers import ChatTokenizer, decode_all
 
@@ -136,7 +136,7 @@ class ServedSampler:
         for i, prompt in enumerate(prompts):
             for k in range(0, num_distinct, at_once):
                 own = _BODIES[self.kind](self.tokenizer, prompt, options, at_once)
-                seed = int(np.random.default_rng([options.seed, k, int(prompt.key, 16)]).integers(2**31))
+                seed = answer_seed(options.seed, prompt.key, k)
                 bodies.append({"model": self.model, "seed": seed, "max_tokens": options.max_new_tokens, **own})
                 owners.append(i)
         found: dict[int, dict[int, list[Answer]]] = {}

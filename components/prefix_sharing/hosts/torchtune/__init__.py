@@ -13,7 +13,13 @@ from prefix_sharing.hosts.torchtune.model import (
 )
 from prefix_sharing.hosts.torchtune.paired import PairedModel
 from prefix_sharing.hosts.torchtune.self_check import check_arithmetic
-from prefix_sharing.hosts.torchtune.weights import load_checkpoint, load_trained_checkpoint, save_checkpoint
+from prefix_sharing.hosts.torchtune.weights import (
+    load_checkpoint,
+    load_trained_checkpoint,
+    merged_weights,
+    read_weight_file,
+    save_checkpoint,
+)
 
 __all__ = [
     "AnswerModel",
@@ -24,7 +30,9 @@ __all__ = [
     "check_arithmetic",
     "load_checkpoint",
     "load_trained_checkpoint",
+    "merged_weights",
     "missing_window",
+    "read_weight_file",
     "save_checkpoint",
     "to_tree_model",
 ]

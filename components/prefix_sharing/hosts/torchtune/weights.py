@@ -2,12 +2,14 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
 from torch import nn
 from torchtune import training
 
@@ -105,6 +107,33 @@ def load_trained_checkpoint(key: str, node: DictConfig, epoch_dir: Path) -> Chec
     node = node.copy()
     node.checkpoint_files = [str(file.resolve()) for file in _weight_files(epoch_dir)]
     return _load(key, node)[1]
+
+
+def read_weight_file(file: Path) -> Checkpoint:
+    """Reads weights by the model's own names, on rank 0 only.
+
+    Args:
+        file (Path): a safetensors file.
+
+    Returns:
+        Checkpoint: on other ranks without tensors.
+    """
+    return Checkpoint(load_file(file) if is_rank_zero() else {})
+
+
+def merged_weights(model: nn.Module, checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
+    """What a checkpoint's base and adapter make together.
+
+    Args:
+        model (nn.Module): of torchtune, with or without memory.
+        checkpoint (Checkpoint): the checkpoint.
+
+    Returns:
+        Mapping[str, torch.Tensor]: the weights of a model without an adapter.
+    """
+    if not checkpoint.adapter:
+        return checkpoint.weights
+    return merged(model, {**checkpoint.weights, **checkpoint.adapter})
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, seed: int) -> None:

@@ -17,6 +17,8 @@ from prefix_sharing.hosts.transformers.weights import (
     checkpointer,
     load_checkpoint,
     load_trained_checkpoint,
+    merged_weights,
+    read_weight_file,
     save_checkpoint,
 )
 
@@ -30,6 +32,8 @@ __all__ = [
     "load_checkpoint",
     "load_trained_checkpoint",
     "lora_causal_lm",
+    "merged_weights",
+    "read_weight_file",
     "save_checkpoint",
     "to_tree_model",
 ]

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,39 @@ def load_trained_checkpoint(key: str, node: DictConfig, epoch_dir: Path) -> Chec
     if (epoch_dir / ADAPTER_FILE).exists():
         return load_checkpoint(key, node, adapter=str(epoch_dir))[1]
     return Checkpoint(WeightFiles(epoch_dir), config_file=epoch_dir / "config.json")
+
+
+def read_weight_file(file: Path) -> Checkpoint:
+    """Finds weights by the names that transformers' files have.
+
+    Args:
+        file (Path): ``model.safetensors``.
+
+    Returns:
+        Checkpoint: whose tensors each rank reads when it has a model to put them into.
+    """
+    return Checkpoint(WeightFiles(file.parent))
+
+
+def merged_weights(model: Any, checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
+    """What a checkpoint's base and adapter make together.
+
+    Args:
+        model (Any): as ``causal_lm`` and ``lora_causal_lm`` return it, with or without memory.
+        checkpoint (Checkpoint): the checkpoint.
+
+    Returns:
+        Mapping[str, torch.Tensor]: the weights of a model without an adapter.
+    """
+    if not checkpoint.adapter:
+        return checkpoint.weights
+    adapter = {ours: checkpoint.adapter[name] for ours, name in peft_names(model).items()}
+    weights = dict(checkpoint.weights)
+    for name, weight in weights.items():
+        layer = name.removesuffix(".weight")
+        if parts := adapter_of(layer, adapter):
+            weights[name] = merged_weight(weight, parts, scaling_of(model, layer))
+    return weights
 
 
 def load_weights(model: Any, checkpoint: Checkpoint, seed: int) -> None:
