@@ -3,7 +3,6 @@
 import copy
 import inspect
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pkgutil import resolve_name
@@ -28,14 +27,12 @@ from prefix_sharing.datasets.tokenizing import (
     TokenizeRecord,
     Truncation,
     prepare_record,
+    processes_for,
 )
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.tokenizers import ChatTokenizer
 
 log = logging.getLogger(__name__)
-
-_RECORDS_PER_PROCESS = 1000
-"""Below this, starting a process takes longer than its share of the tokenizing."""
 
 _RECORDS_TO_RECOGNISE = 64
 
@@ -198,14 +195,13 @@ def _tokenize(records: Records, tokenizer: ChatTokenizer, options: PreferenceOpt
         tokenizer.max_seq_len = None
 
     rows = records.rows
-    num_processes = min(os.cpu_count() or 1, len(rows) // _RECORDS_PER_PROCESS)
     try:
         tokenized = rows.map(
             TokenizeRecord(tokenizer, form, options, records.is_json),
             with_indices=True,
             remove_columns=rows.column_names,
             features=FEATURES,
-            num_proc=num_processes if num_processes > 1 else None,
+            num_proc=processes_for(len(rows)),
             desc=f"Tokenizing {records.name}",
         )
     except MalformedRecordError as error:

@@ -1,5 +1,6 @@
 """From a record to the response sequences of an example: which turns are scored, what is cut, what is dropped."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -20,6 +21,9 @@ from prefix_sharing.trees import common_prefix_length
 MaskingStrategy = Literal["train_on_assistant", "train_on_last", "train_on_all"]
 Truncation = Literal["keep_start", "keep_end", "drop"]
 OnMalformed = Literal["stop", "drop"]
+
+_RECORDS_PER_PROCESS = 1000
+"""Below this, starting a process takes longer than its share of the work."""
 
 _Sequence = tuple[list[int], list[bool]]
 """Token ids, and which of them are scored."""
@@ -203,6 +207,19 @@ class TokenizeRecord:
             remarks,
             () if comparison.label is None else [1 if comparison.label else -1],
         )
+
+
+def processes_for(num_records: int) -> int | None:
+    """How many processes read some records.
+
+    Args:
+        num_records (int): how many there are.
+
+    Returns:
+        int | None: for ``datasets.Dataset.map``; None is this process.
+    """
+    number = min(os.cpu_count() or 1, num_records // _RECORDS_PER_PROCESS)
+    return number if number > 1 else None
 
 
 def prepare_record(values: dict[str, Any], record_fn: Callable[[dict], dict] | None) -> dict[str, Any]:

@@ -1,0 +1,160 @@
+"""What of a record it is chosen by: its prompt and answers as text, and numbers from its columns."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+
+from prefix_sharing.datasets.forms import FORMS, Comparison, Form, Record, RecordError
+from prefix_sharing.datasets.forms.record import as_number
+from prefix_sharing.datasets.source import Records, to_record
+from prefix_sharing.datasets.tokenizing import PreferenceOptions, prepare_record, processes_for
+from prefix_sharing.errors import UserError
+from prefix_sharing.fingerprint import code_fingerprint, source_of
+
+SCORE_COLUMNS = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+)
+"""Columns of scores that are known by their names, chosen and rejected."""
+
+SCORES = "scores"
+"""The name of the scores among numbers that are read."""
+
+_FEATURES = {
+    "prompt": datasets.Value("large_string"),  # its turns as JSON
+    "answers": datasets.Sequence(datasets.Value("large_string")),  # best first
+    "one_prompt": datasets.Value("bool"),  # whether all answers have this prompt
+    "length": datasets.Value("int32"),  # of the best answer
+    "problem": datasets.Value("string"),  # of the numbers
+}
+_NUMBERS = datasets.Sequence(datasets.Value("float64"))
+
+
+@dataclass(frozen=True)
+class RecordReader:
+    """Reads the records of a data set once more, for what they are chosen by.
+
+    Attributes:
+        records (Records): the records.
+        form (Form): how to read them.
+        options (PreferenceOptions): how they are prepared.
+        scores (tuple[str, ...]): columns with the scores of the answers; none for those that the form itself reads or
+            that have a name of ``SCORE_COLUMNS``.
+    """
+
+    records: Records
+    form: Form
+    options: PreferenceOptions
+    scores: tuple[str, ...] = ()
+
+    def read(self, columns: Mapping[str, Sequence[str]]) -> datasets.Dataset:
+        """A line for each record, in parallel, cached by ``datasets``.
+
+        Args:
+            columns (Mapping[str, Sequence[str]]): columns of the numbers that are asked for by name; those of
+                ``SCORES`` are the reader's own.
+
+        Returns:
+            datasets.Dataset: prompt, answers and numbers of each; empty where a record cannot be read.
+        """
+        rows = self.records.rows
+        columns = {name: self.scores if name == SCORES else tuple(given) for name, given in columns.items()}
+        return rows.map(
+            _ReadRecord(self.form, self.options, self.records.is_json, columns),
+            remove_columns=rows.column_names,
+            features=datasets.Features({**_FEATURES, **dict.fromkeys(columns, _NUMBERS)}),
+            num_proc=processes_for(len(rows)),
+            desc=f"Reading {self.records.name}",
+        )
+
+    def score_columns(self) -> set[str]:
+        """Every column that scores may be read from."""
+        return set(self.scores) or {name for names in SCORE_COLUMNS for name in names}
+
+
+@dataclass(frozen=True)
+class _ReadRecord:
+    form: Form
+    options: PreferenceOptions
+    is_json: bool
+    columns: Mapping[str, tuple[str, ...]]
+    source: str | None = field(init=False)  # a function is hashed by its name alone
+    code: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", source_of(self.options.record_fn))
+        object.__setattr__(self, "code", code_fingerprint("datasets"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Only what decides the result, so that it is found again when something else changes.
+        options = PreferenceOptions(column_map=self.options.column_map, record_fn=self.options.record_fn)
+        return {**self.__dict__, "form": self.form.name, "options": options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, form=FORMS[state["form"]])
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        line: dict[str, Any] = dict.fromkeys(self.columns, [])
+        line |= {"prompt": "", "answers": [], "one_prompt": False, "length": 0, "problem": ""}
+        try:
+            values = prepare_record(to_record(row, self.is_json), self.options.record_fn)
+            comparison = self.form.read(Record(values, self.options.column_map))
+        except (RecordError, UserError, ValueError):
+            return line  # tokenizing says what is wrong with it
+        prompts = [turns[:-1] for turns in comparison.conversations]
+        answers = [str(turns[-1].get("content", "")) for turns in comparison.conversations]
+        line["prompt"] = json.dumps(prompts[0], ensure_ascii=False)
+        line["answers"] = answers
+        line["one_prompt"] = all(prompt == prompts[0] for prompt in prompts)
+        line["length"] = len(answers[0])
+        try:
+            for name, columns in self.columns.items():
+                line[name] = _numbers(name, columns, values, comparison)
+        except RecordError as error:
+            line["problem"] = f"{error.key} {error.problem}"
+        return line
+
+
+def _numbers(
+    name: str, columns: Sequence[str], values: Mapping[str, Any], comparison: Comparison
+) -> list[float | None]:
+    if name == SCORES and not columns:
+        if comparison.scores is not None:
+            return list(comparison.scores)
+        columns = next((names for names in SCORE_COLUMNS if names[0] in values), ())
+        if len(columns) != len(comparison.conversations):
+            return []
+    found = [values.get(column) for column in columns]
+    if name in ("complexity", "embedding"):
+        numbers = found[0] if isinstance(found[0], list) else [] if _is_missing(found[0]) else found
+        return [_number(value, columns[0]) for value in numbers]
+    expected = len(comparison.conversations)
+    if len(found) == 1:
+        numbers = found[0] if isinstance(found[0], list) else found
+        if _is_missing(found[0]) or found[0] == []:
+            return []
+        if len(numbers) != expected:
+            raise RecordError(columns[0], f"must be a list of {expected} numbers, one for each answer")
+        return [_number(numbers[i], f"{columns[0]}[{i}]") for i in comparison.order]
+    if len(found) != expected:
+        problem = f"is one of {len(found)} columns, but this record has {expected} answers; name one column with a list"
+        raise RecordError(columns[0], problem)
+    return [_number(value, column) for value, column in zip(found, columns, strict=True)]
+
+
+def _number(value: Any, key: str) -> float | None:
+    if _is_missing(value):
+        return None
+    number = as_number(value, key)
+    if math.isinf(number):
+        raise RecordError(key, f"must be finite, but is {number}")
+    return number
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
