@@ -43,6 +43,7 @@ class PreferenceOptions:
     masking_strategy: MaskingStrategy = "train_on_assistant"
     new_system_prompt: str | None = None
     max_seq_len: int | None = None
+    max_prompt_length: int | None = None
     truncation: Truncation = "keep_start"
     filter_fn: Callable[[dict], bool] | None = None
     pairs: PairStrategy = "best_vs_rest"
@@ -59,6 +60,12 @@ class PreferenceOptions:
         ):
             if getattr(self, key) not in choices:
                 raise ConfigError(key, f"must be one of {', '.join(choices)}, not {getattr(self, key)}")
+        if self.max_prompt_length is not None:
+            if self.max_prompt_length < 1:
+                raise ConfigError("max_prompt_length", f"must be at least 1, but is {self.max_prompt_length}")
+            if self.truncation == "keep_end":
+                problem = "not used with truncation: keep_end, which takes everything from the start already"
+                raise ConfigError("max_prompt_length", problem)
         if not 0 <= self.max_malformed <= 1:
             raise ConfigError("max_malformed", f"must be a share from 0 to 1, not {self.max_malformed}")
 
@@ -128,7 +135,7 @@ class TokenizeRecord:
         ):
             return dropped_example("empty response")
         chats = [
-            self._tokenize(turns, given, comparison)
+            self._tokenize(turns, given, comparison, self.options.masking_strategy)
             for turns, given in zip(comparison.conversations, comparison.given, strict=True)
         ]
         unused = [f"column {name}" for name in record.unused()]
@@ -136,10 +143,11 @@ class TokenizeRecord:
         unused += [f"message key {name}" for name in dict.fromkeys(key for chat in chats for key in chat.unused)]
         return self._example_of(comparison, chats, [_printable(name) for name in unused])
 
-    def _tokenize(self, turns: list[Turn], given: str, comparison: Comparison) -> TokenizedChat:
+    def _tokenize(
+        self, turns: list[Turn], given: str, comparison: Comparison, strategy: MaskingStrategy
+    ) -> TokenizedChat:
         if sum(len(turn.get("content", "")) for turn in turns) > MAX_TEXT:
             raise ValueError(f"it has more than {MAX_TEXT:,} characters")
-        strategy = self.options.masking_strategy
         if strategy == "train_on_assistant":
             scored = [turn["role"] == "assistant" for turn in turns]
         else:
@@ -164,13 +172,29 @@ class TokenizeRecord:
         flags = [flag and not of_given for flag, of_given in zip(chat.scored, is_given, strict=True)]
         return replace(chat, scored=flags)
 
+    def _prompt_cut(self, comparison: Comparison, longest: int) -> int:
+        """How many tokens to take from the start of every response, so that the prompt has ``max_prompt_length``."""
+        limit, most = self.options.max_seq_len, self.options.max_prompt_length
+        if limit is None or most is None or longest <= limit:
+            return 0
+        prompts = [
+            int(np.argmax(self._tokenize(turns, given, comparison, "train_on_last").scored))
+            for turns, given in zip(comparison.conversations, comparison.given, strict=True)
+        ]
+        return max(0, max(prompts) - most)
+
     def _example_of(
         self, comparison: Comparison, chats: Sequence[TokenizedChat], unused: Sequence[str]
     ) -> dict[str, Any]:
         limit, longest = self.options.max_seq_len, max(len(chat.tokens) for chat in chats)
+        cut = self._prompt_cut(comparison, longest)
+        if cut:
+            chats = [replace(chat, tokens=chat.tokens[cut:], scored=chat.scored[cut:]) for chat in chats]
+            longest -= cut
         remarks = {
             "num_cut": 0,
             "num_without_end": 0,
+            "prompt_cut": cut > 0,
             "lost_text": any(chat.lost_text for chat in chats),
             "unused": list(unused),
         }

@@ -15,13 +15,12 @@ from typing import Any, Literal, get_args
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import xxhash
 from tqdm import tqdm
 
 from prefix_sharing.datasets.choosing.candidates import Candidates, cached, column_of, turns_of
 from prefix_sharing.datasets.tokenizing import processes_for
-from prefix_sharing.errors import ConfigError, UserError
+from prefix_sharing.errors import ConfigError
 from prefix_sharing.fingerprint import code_fingerprint
 
 log = logging.getLogger(__name__)
@@ -107,7 +106,9 @@ class MinHash:
         """The n-grams of a text without case and punctuation; all of it as one where it has fewer words."""
         words = _WORD.findall(text.lower())
         n = self.ngram_size
-        return frozenset(" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))) if words else {text}
+        if not words:
+            return frozenset([text])
+        return frozenset(" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1)))
 
     def find(self, read: datasets.Dataset) -> np.ndarray:
         """The first line that is kept and similar to a line, which may be itself, shape ``[n]``."""

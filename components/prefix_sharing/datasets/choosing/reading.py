@@ -29,6 +29,7 @@ _FEATURES = {
     "prompt": datasets.Value("large_string"),  # its turns as JSON
     "answers": datasets.Sequence(datasets.Value("large_string")),  # best first
     "one_prompt": datasets.Value("bool"),  # whether all answers have this prompt
+    "num_answers": datasets.Value("int32"),
     "length": datasets.Value("int32"),  # of the best answer
     "problem": datasets.Value("string"),  # of the numbers
 }
@@ -56,25 +57,21 @@ class RecordReader:
         """A line for each record, in parallel, cached by ``datasets``.
 
         Args:
-            columns (Mapping[str, Sequence[str]]): columns of the numbers that are asked for by name; those of
-                ``SCORES`` are the reader's own.
+            columns (Mapping[str, Sequence[str]]): columns of the numbers that are asked for by name; for those of
+                ``SCORES`` the reader's own come first.
 
         Returns:
             datasets.Dataset: prompt, answers and numbers of each; empty where a record cannot be read.
         """
         rows = self.records.rows
-        columns = {name: self.scores if name == SCORES else tuple(given) for name, given in columns.items()}
+        named = {name: (self.scores if name == SCORES else ()) or tuple(given) for name, given in columns.items()}
         return rows.map(
-            _ReadRecord(self.form, self.options, self.records.is_json, columns),
+            _ReadRecord(self.form, self.options, self.records.is_json, named),
             remove_columns=rows.column_names,
             features=datasets.Features({**_FEATURES, **dict.fromkeys(columns, _NUMBERS)}),
             num_proc=processes_for(len(rows)),
             desc=f"Reading {self.records.name}",
         )
-
-    def score_columns(self) -> set[str]:
-        """Every column that scores may be read from."""
-        return set(self.scores) or {name for names in SCORE_COLUMNS for name in names}
 
 
 @dataclass(frozen=True)
@@ -99,8 +96,8 @@ class _ReadRecord:
         self.__dict__.update(state, form=FORMS[state["form"]])
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        line: dict[str, Any] = dict.fromkeys(self.columns, [])
-        line |= {"prompt": "", "answers": [], "one_prompt": False, "length": 0, "problem": ""}
+        line: dict[str, Any] = {name: [] for name in self.columns}
+        line |= {"prompt": "", "answers": [], "one_prompt": False, "num_answers": 0, "length": 0, "problem": ""}
         try:
             values = prepare_record(to_record(row, self.is_json), self.options.record_fn)
             comparison = self.form.read(Record(values, self.options.column_map))
@@ -111,6 +108,7 @@ class _ReadRecord:
         line["prompt"] = json.dumps(prompts[0], ensure_ascii=False)
         line["answers"] = answers
         line["one_prompt"] = all(prompt == prompts[0] for prompt in prompts)
+        line["num_answers"] = len(answers)
         line["length"] = len(answers[0])
         try:
             for name, columns in self.columns.items():

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from prefix_sharing.config import instantiate
 from prefix_sharing.datasets.choosing.candidates import numbers_of, turns_of
+from prefix_sharing.datasets.choosing.keys import plain
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.fingerprint import code_fingerprint, source_of
 from prefix_sharing.tokenizers import Turn
@@ -114,6 +115,25 @@ def read_scores(key: str, value: Any) -> Scores:
     if callable(value):
         return Judged(value, Hasher.hash([value, source_of(value)]))
     raise ConfigError(key, f"must name columns, or a judge with _component_, but is {value!r}")
+
+
+def read_columns(key: str, value: Any) -> tuple[str, ...]:
+    """Reads a key that names columns of scores.
+
+    Args:
+        key (str): the key, for messages.
+        value (Any): a column or a list of columns.
+
+    Returns:
+        tuple[str, ...]: the columns.
+
+    Raises:
+        ConfigError: if it is something else.
+    """
+    scores = read_scores(key, plain(value))
+    if not isinstance(scores, Columns):
+        raise ConfigError(key, "must name columns; a judge belongs to what selects")
+    return scores.names
 
 
 def _source_named(text: Any) -> str | None:
