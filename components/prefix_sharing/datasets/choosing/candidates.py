@@ -115,5 +115,6 @@ def cached(read: datasets.Dataset, name: str, key: Any, compute: Callable[[], np
         remove_columns=["length"],
         features=datasets.Features({name: datasets.Value("int64")}),
         new_fingerprint=Hasher.hash([read._fingerprint, name, key, code_fingerprint("datasets")]),
+        desc=f"Finding {name}",
     )
     return made.data.column(name).to_numpy()

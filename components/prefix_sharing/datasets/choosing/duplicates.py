@@ -214,7 +214,7 @@ def deduplicate(candidates: Candidates, options: Exact | MinHash) -> np.ndarray:
     """
     read = candidates.read({})
     name = type(options).__name__.lower()
-    found = cached(read, name, asdict(options), lambda: options.find(read))
+    found = cached(read, "duplicates", [name, asdict(options)], lambda: options.find(read))
     is_duplicate = found != np.arange(len(found))
     sources = candidates.sources
     for i, source in enumerate(candidates.names):
