@@ -88,7 +88,9 @@ def test_bands_miss_few_pairs_at_the_threshold(threshold, num_perm):
 
 def test_the_first_is_kept_in_the_order_of_records(tmp_path, caplog):
     prompts = ["Sum 2 and 3!", "What is red?", "sum 2 and 3", "What is red?", "Sum 2 and 3!"]
-    file = write(tmp_path / "a.jsonl", [{"prompt": p, "chosen": f"yes {i}", "rejected": "no"} for i, p in enumerate(prompts)])
+    file = write(
+        tmp_path / "a.jsonl", [{"prompt": p, "chosen": f"yes {i}", "rejected": "no"} for i, p in enumerate(prompts)]
+    )
     with caplog.at_level(logging.INFO, logger="prefix_sharing"):
         exact = prefix_preference_dataset(tokenizer(), data_files=file, deduplicate="exact")
         near = prefix_preference_dataset(tokenizer(), data_files=file, deduplicate={"method": "minhash"})
@@ -105,7 +107,9 @@ def test_the_first_is_kept_in_the_order_of_records(tmp_path, caplog):
 
 def test_records_that_are_dropped_anyway_hide_no_others(tmp_path):
     records = [{"prompt": "Q", "chosen": "same", "rejected": "same"}, {"prompt": "Q", "chosen": "A", "rejected": "B"}]
-    dataset = prefix_preference_dataset(tokenizer(), data_files=write(tmp_path / "a.jsonl", records), deduplicate="exact")
+    dataset = prefix_preference_dataset(
+        tokenizer(), data_files=write(tmp_path / "a.jsonl", records), deduplicate="exact"
+    )
     assert dataset.record_index.tolist() == [1]
 
 
@@ -125,6 +129,13 @@ def test_turns_and_roles_count_and_texts_without_words_are_compared_as_they_are(
     texts = ["???", "!!!", "???", "你好吗", "你好嗎", "你 好 吗"]
     found = MinHash(ngram_size=1, threshold=1.0).find(read_prompts(texts))
     assert found.tolist() == [0, 1, 0, 3, 4, 3]
+
+
+def test_nothing_is_like_another_and_nothing_is_there(tmp_path):
+    assert MinHash().find(read_prompts(["red boat", "we found bread"])).tolist() == [0, 1]
+    file = write(tmp_path / "a.jsonl", [{"prompt": "Q", "chosen": "A", "rejected": "A"}])
+    with pytest.raises(UserError, match="no usable example"):
+        prefix_preference_dataset(tokenizer(), data_files=file, deduplicate="minhash")
 
 
 def test_the_result_is_kept(tmp_path, monkeypatch):

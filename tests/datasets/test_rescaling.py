@@ -1,4 +1,4 @@
-"""Raw values of a reward model on the scale of scores: a planted line, numpy's fit, and rows with scores as they were."""
+"""Raw values of a reward model on the scale of scores: a planted line, numpy's fit, and scores that stay."""
 
 import logging
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_sharing.datasets import prefix_preference_dataset, preference_mixture
+from prefix_sharing.datasets import preference_mixture, prefix_preference_dataset
 from prefix_sharing.datasets.choosing.rescaling import fit, rescale
 from prefix_sharing.errors import UserError
 from prefix_sharing.quickstart import tokenizer

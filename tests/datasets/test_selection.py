@@ -169,7 +169,9 @@ def test_a_data_set_is_what_its_selection_takes(scored, caplog):
 def test_columns_are_named_or_lists_or_those_of_a_form(tmp_path):
     named = write(tmp_path / "a.jsonl", [pair(i, good=str(i), bad=0) for i in range(5)])
     lists = write(tmp_path / "b.jsonl", [pair(i, both=[i, 0]) for i in range(5)])
-    ranked = [{"prompt": f"Q{i}", "responses": ["a", "b", "c"], "scores": [1, i, 0], "raw": [5, 6, 7]} for i in range(5)]
+    ranked = [
+        {"prompt": f"Q{i}", "responses": ["a", "b", "c"], "scores": [1, i, 0], "raw": [5, 6, 7]} for i in range(5)
+    ]
     ranked = write(tmp_path / "c.jsonl", ranked)
     select = {"by": "alpagasus", "budget": 9, "min_score": 3}
     assert prompts_of(build(named, select=select, scores=["good", "bad"])) == ["Q3", "Q4"]

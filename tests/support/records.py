@@ -21,7 +21,9 @@ def write(file, records):
 def read_prompts(prompts):
     """What choosing reads of pairs with these prompts."""
     records = Records(
-        datasets.Dataset.from_dict({"prompt": prompts, "chosen": ["A"] * len(prompts), "rejected": ["B"] * len(prompts)}),
+        datasets.Dataset.from_dict(
+            {"prompt": prompts, "chosen": ["A"] * len(prompts), "rejected": ["B"] * len(prompts)}
+        ),
         "pairs",
     )
     reader = RecordReader(records, FORMS["text"], PreferenceOptions())

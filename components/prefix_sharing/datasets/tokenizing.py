@@ -108,8 +108,7 @@ class TokenizeRecord:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, form=FORMS[state["form"]])
-        if multiprocess.parent_process() is not None:  # in one of the processes that tokenize
-            belong_to_parent()
+        belong_to_map()
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         """The line of a record; raises ``MalformedRecordError`` if it is malformed and that is to stop the run."""
@@ -244,6 +243,12 @@ def processes_for(num_records: int) -> int | None:
     """
     number = min(os.cpu_count() or 1, num_records // _RECORDS_PER_PROCESS)
     return number if number > 1 else None
+
+
+def belong_to_map() -> None:
+    """Ends with the process that called ``datasets.Dataset.map``, where this is one of those that work for it."""
+    if multiprocess.parent_process() is not None:
+        belong_to_parent()
 
 
 def prepare_record(values: dict[str, Any], record_fn: Callable[[dict], dict] | None) -> dict[str, Any]:

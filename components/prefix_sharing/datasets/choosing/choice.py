@@ -114,7 +114,7 @@ class Choice:
             UserError: if a number is malformed, or no candidate has what it would be selected by.
         """
         against = np.full(len(candidates.usable), "", dtype=object)
-        if self.duplicates is not None:
+        if self.duplicates is not None and len(against):
             against[deduplicate(candidates, self.duplicates)] = DUPLICATE
         left = np.flatnonzero(against == "")
         if self.selection is not None and len(left):

@@ -6,6 +6,7 @@ is then computed exactly. So nothing below the threshold is dropped, and little 
 """
 
 import functools
+import itertools
 import json
 import logging
 import re
@@ -19,7 +20,7 @@ import xxhash
 from tqdm import tqdm
 
 from prefix_sharing.datasets.choosing.candidates import Candidates, cached, column_of, turns_of
-from prefix_sharing.datasets.tokenizing import processes_for
+from prefix_sharing.datasets.tokenizing import belong_to_map, processes_for
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.fingerprint import code_fingerprint
 
@@ -133,9 +134,8 @@ class MinHash:
         kept: dict[int, list[int]] = {}
         found = np.arange(len(read))
         starts = np.flatnonzero(np.diff(lines, prepend=-1))
-        for start, end in tqdm(
-            zip(starts, [*starts[1:], len(lines)], strict=True), total=len(starts), desc="Comparing n-grams"
-        ):
+        ranges = itertools.pairwise([*starts, len(lines)])
+        for start, end in tqdm(ranges, total=len(starts), desc="Comparing n-grams"):
             line, mine = int(lines[start]), buckets[start:end].tolist()
             for other in sorted({other for bucket in mine for other in kept.get(bucket, ())}):
                 a, b = ngrams(line), ngrams(other)
@@ -153,6 +153,10 @@ class MinHash:
 class _Bands:
     options: MinHash
     code: str
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        belong_to_map()
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, np.ndarray]:
         from datasketch import MinHash as Signature

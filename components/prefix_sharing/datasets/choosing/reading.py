@@ -11,7 +11,7 @@ import datasets
 from prefix_sharing.datasets.forms import FORMS, Comparison, Form, Record, RecordError
 from prefix_sharing.datasets.forms.record import as_number
 from prefix_sharing.datasets.source import Records, to_record
-from prefix_sharing.datasets.tokenizing import PreferenceOptions, prepare_record, processes_for
+from prefix_sharing.datasets.tokenizing import PreferenceOptions, belong_to_map, prepare_record, processes_for
 from prefix_sharing.errors import UserError
 from prefix_sharing.fingerprint import code_fingerprint, source_of
 
@@ -94,6 +94,7 @@ class _ReadRecord:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, form=FORMS[state["form"]])
+        belong_to_map()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         line: dict[str, Any] = {name: [] for name in self.columns}
