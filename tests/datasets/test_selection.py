@@ -180,6 +180,16 @@ def test_columns_are_named_or_lists_or_those_of_a_form(tmp_path):
     # A list is in the order of the record's answers: where the second is best, its number is the second.
     chosen = build(ranked, select={**select, "min_score": 6}, scores=["raw"])
     assert prompts_of(chosen) == ["Q2", "Q3", "Q4"]
+    verdicts = [
+        {"prompt": f"Q{i}", "response_0": "a", "response_1": "b", "better_response_id": i % 2} for i in range(5)
+    ]
+    verdicts = write(tmp_path / "d.jsonl", [{**record, "s": [1, 9], "t": 1, "u": 9} for record in verdicts])
+    select["min_score"] = 9
+    assert prompts_of(build(verdicts, select=select, scores="s")) == ["Q1", "Q3"]
+    assert prompts_of(build(verdicts, select=select, scores=["t", "u"])) == ["Q1", "Q3"]
+    for scores, message in (("t", "t has 1 scores"), (["s", "t", "u"], "s is one of 3 columns|s must be a number")):
+        with pytest.raises(UserError, match=message):
+            build(verdicts, select=select, scores=scores)
 
 
 def test_an_embedding_is_a_column(tmp_path):

@@ -11,7 +11,7 @@ from prefix_sharing.config.files import did_you_mean
 from prefix_sharing.datasets.choosing.candidates import Candidates, column_of, numbers_of
 from prefix_sharing.datasets.choosing.duplicates import DUPLICATE, Exact, MinHash, deduplicate
 from prefix_sharing.datasets.choosing.keys import plain, read_keys
-from prefix_sharing.datasets.choosing.reading import SCORE_COLUMNS, SCORES
+from prefix_sharing.datasets.choosing.reading import RAW, SCORE_COLUMNS, SCORES
 from prefix_sharing.datasets.choosing.report import log_selection
 from prefix_sharing.datasets.choosing.rescaling import rescale
 from prefix_sharing.datasets.choosing.scoring import Columns, Scores, read_scores
@@ -141,7 +141,7 @@ class Choice:
         if self.needs_scores:
             columns[SCORES] = self.score_columns
         if isinstance(self.raw, Columns):
-            columns["raw"] = self.raw.names
+            columns[RAW] = self.raw.names
         if isinstance(selection, Deita):
             columns |= {"complexity": (selection.complexity,), "embedding": (selection.embedding,)}
         read = candidates.read(columns)
@@ -150,7 +150,7 @@ class Choice:
         if self.needs_scores:
             scores = self.scores.of(read, SCORES)
             if self.raw is not None:
-                raw = self.raw.of(read, "raw")
+                raw = self.raw.of(read, RAW)
                 width = max(scores.shape[1], raw.shape[1])
                 with explained("rescale"):
                     scores = rescale(_widened(scores, width), _widened(raw, width), name)

@@ -22,8 +22,8 @@ SCORE_COLUMNS = (
 )
 """Columns of scores that are known by their names, chosen and rejected."""
 
-SCORES = "scores"
-"""The name of the scores among numbers that are read."""
+SCORES, RAW = OF_ANSWERS = ("scores", "raw")
+"""The names of numbers that are read of answers: scores, and a reward model's raw values."""
 
 _FEATURES = {
     "prompt": datasets.Value("large_string"),  # its turns as JSON
@@ -122,28 +122,27 @@ class _ReadRecord:
 def _numbers(
     name: str, columns: Sequence[str], values: Mapping[str, Any], comparison: Comparison
 ) -> list[float | None]:
+    """Numbers of a record: of its answers, best first, unless the name is of something else."""
+    expected, order = len(comparison.conversations), comparison.order
     if name == SCORES and not columns:
         if comparison.scores is not None:
             return list(comparison.scores)
         columns = next((names for names in SCORE_COLUMNS if names[0] in values), ())
-        if len(columns) != len(comparison.conversations):
+        if len(columns) != expected:
             return []
-    found = [values.get(column) for column in columns]
-    if name in ("complexity", "embedding"):
-        numbers = found[0] if isinstance(found[0], list) else [] if _is_missing(found[0]) else found
-        return [_number(value, columns[0]) for value in numbers]
-    expected = len(comparison.conversations)
-    if len(found) == 1:
-        numbers = found[0] if isinstance(found[0], list) else found
-        if _is_missing(found[0]) or found[0] == []:
-            return []
-        if len(numbers) != expected:
-            raise RecordError(columns[0], f"must be a list of {expected} numbers, one for each answer")
-        return [_number(numbers[i], f"{columns[0]}[{i}]") for i in comparison.order]
-    if len(found) != expected:
-        problem = f"is one of {len(found)} columns, but this record has {expected} answers; name one column with a list"
+        order = [0, 1]  # the chosen one is the better one, whichever is first in the record
+    found, keys = [values.get(column) for column in columns], list(columns)
+    if len(found) == 1 and isinstance(found[0], list):
+        found, keys = found[0], [f"{columns[0]}[{i}]" for i in range(len(found[0]))]
+    numbers = [_number(value, key) for value, key in zip(found, keys, strict=True)]
+    if name not in OF_ANSWERS or all(number is None for number in numbers):
+        return [number for number in numbers if number is not None]
+    if len(numbers) != expected:
+        problem = f"must have {expected} scores, one for each answer, but has {len(numbers)}"
+        if len(columns) > 1:
+            problem = f"is one of {len(columns)} columns of scores, but this record has {expected} answers"
         raise RecordError(columns[0], problem)
-    return [_number(value, column) for value, column in zip(found, columns, strict=True)]
+    return [numbers[i] for i in order]
 
 
 def _number(value: Any, key: str) -> float | None:
