@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_sharing.datasets import prefix_preference_dataset
+from prefix_sharing.datasets import preference_mixture, prefix_preference_dataset
 from prefix_sharing.datasets.choosing.selection import (
     A2,
     BEYOND_BUDGET,
@@ -180,14 +180,15 @@ def test_columns_are_named_or_lists_or_those_of_a_form(tmp_path):
     # A list is in the order of the record's answers: where the second is best, its number is the second.
     chosen = build(ranked, select={**select, "min_score": 6}, scores=["raw"])
     assert prompts_of(chosen) == ["Q2", "Q3", "Q4"]
-    verdicts = [
-        {"prompt": f"Q{i}", "response_0": "a", "response_1": "b", "better_response_id": i % 2} for i in range(5)
-    ]
-    verdicts = write(tmp_path / "d.jsonl", [{**record, "s": [1, 9], "t": 1, "u": 9} for record in verdicts])
+    two = {"response_0": "a", "response_1": "b", "s": [1, 9], "t": 1, "u": 9}
+    verdicts = write(tmp_path / "d.jsonl", [{"prompt": f"Q{i}", **two, "better_response_id": i % 2} for i in range(5)])
     select["min_score"] = 9
     assert prompts_of(build(verdicts, select=select, scores="s")) == ["Q1", "Q3"]
     assert prompts_of(build(verdicts, select=select, scores=["t", "u"])) == ["Q1", "Q3"]
-    for scores, message in (("t", "t has 1 scores"), (["s", "t", "u"], "s is one of 3 columns|s must be a number")):
+    for scores, message in (
+        ("t", "t must have 2 scores, one for each answer, but has 1"),
+        (["u", "t", "u"], "u is one of 3 columns of scores, but this record has 2 answers"),
+    ):
         with pytest.raises(UserError, match=message):
             build(verdicts, select=select, scores=scores)
 
@@ -217,6 +218,19 @@ def test_a_judge_gives_scores_once(tmp_path, monkeypatch):
         assert len(choosing_rules.calls) == 28
 
 
+def test_answers_to_different_prompts_have_no_verdict(tmp_path):
+    def chat(question, answer):
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    records = [{"chosen": chat("q", "yes"), "rejected": chat(other, "no")} for other in ("q", "another", "q")]
+    parts = [{"data_files": write(tmp_path / "a.jsonl", records)}]
+    judge = {"_component_": "prefix_sharing.judging.length_judge"}
+    select = {"by": "alpagasus", "budget": 9, "min_score": 1}
+    mixture = preference_mixture(tokenizer(), datasets=parts, select=select, scores=judge)
+    assert mixture.record_index.tolist() == [0, 2]
+    assert mixture.dropped == {"without a score": 1}
+
+
 def test_what_cannot_be_selected_is_said(scored, tmp_path, caplog):
     file, _ = scored
     assert len(build(file, select={"by": "random", "budget": 10**6})) == 40
@@ -234,6 +248,10 @@ def test_missing_scores_are_refused_where_all_are(tmp_path):
         build(file, select={"by": "a2", "budget": 4})
     with pytest.raises(UserError, match="has a score of its chosen answer in good, bad; say in scores"):
         build(file, select={"by": "a2", "budget": 4}, scores=["good", "bad"])
+    deita = {"by": "deita", "budget": 4, "complexity": "hard", "embedding": "vector"}
+    hard = [pair(i, score_chosen=5, score_rejected=1, hard=1) for i in range(9)]
+    with pytest.raises(UserError, match="no record of .* has a number in its column 'vector'"):
+        build(write(tmp_path / "d.jsonl", hard), select=deita)
     single = [{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "s": 1}]
     with pytest.raises(UserError, match="has scores of two answers in s"):
         build(write(tmp_path / "b.jsonl", single), select={"by": "a2", "budget": 4}, scores=["s"])

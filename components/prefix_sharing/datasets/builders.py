@@ -114,8 +114,8 @@ def prefix_preference_dataset(
             ``argilla``, ``a2``, ``deita``, with ``budget`` and the fields of
             ``prefix_sharing.datasets.choosing.selection``. Default: None, all.
         scores (Sequence[str] | Mapping[str, Any] | None): where scores of answers come from that ``select`` goes by:
-            columns, one for each answer, best first, or one with a list; or a judge, with ``_component_``. Default:
-            None, those that the form has, or ``score_chosen`` and ``score_rejected``.
+            columns, one for each answer in the order of the record, or one with a list; or a judge, with
+            ``_component_``. Default: None, those that the form has, or ``score_chosen`` and ``score_rejected``.
         rescale (Mapping[str, Any] | None): ``raw`` names columns or a judge, as ``scores`` does, whose values are
             fitted to the scores there are, and fill in those that are missing. Default: None, none is filled in.
         on_malformed (OnMalformed): what happens to a record that cannot be read: ``stop`` ends with an error that names
