@@ -3,16 +3,18 @@
 import copy
 import inspect
 import logging
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pkgutil import resolve_name
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow.compute as pc
 
 from prefix_sharing.config import one_line
 from prefix_sharing.config.files import did_you_mean
+from prefix_sharing.datasets.choosing import Candidates, Choice, RecordReader
 from prefix_sharing.datasets.dataset import PrefixPreferenceDataset
 from prefix_sharing.datasets.forms import Form, check_column_map, choose_form, recognize_form
 from prefix_sharing.datasets.grouping import group_by_prompt as merge_by_prompt
@@ -28,14 +30,12 @@ from prefix_sharing.datasets.tokenizing import (
     TokenizeRecord,
     Truncation,
     prepare_record,
+    processes_for,
 )
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.tokenizers import ChatTokenizer
 
 log = logging.getLogger(__name__)
-
-_RECORDS_PER_PROCESS = 1000
-"""Below this, starting a process takes longer than its share of the tokenizing."""
 
 _RECORDS_TO_RECOGNISE = 64
 
@@ -52,10 +52,15 @@ def prefix_preference_dataset(
     train_on_input: bool = False,
     new_system_prompt: str | None = None,
     max_seq_len: int | None = None,
+    max_prompt_length: int | None = None,
     truncation: Truncation = "keep_start",
     filter_fn: Callable[[dict], bool] | str | None = None,
     pairs: PairStrategy = "best_vs_rest",
     group_by_prompt: bool = False,
+    deduplicate: Mapping[str, Any] | str | None = None,
+    select: Mapping[str, Any] | None = None,
+    scores: Sequence[str] | Mapping[str, Any] | None = None,
+    rescale: Mapping[str, Any] | None = None,
     on_malformed: OnMalformed = "stop",
     max_malformed: float = 0.1,
     **load_dataset_kwargs: Any,
@@ -89,6 +94,9 @@ def prefix_preference_dataset(
         new_system_prompt (str | None): system turn that replaces the records' own; never scored.
         max_seq_len (int | None): maximum number of tokens in a response sequence. Default: None, the tokenizer's
             ``max_seq_len``.
+        max_prompt_length (int | None): what an example that exceeds ``max_seq_len`` is cut to first: so many tokens
+            before the last answer, by taking tokens from the start of all its responses, as many of each. What is
+            still too long then is up to ``truncation``. Default: None, the prompt is not cut first.
         truncation (Truncation): what happens to an example that exceeds it: ``keep_start`` cuts each response at the
             end, ``keep_end`` cuts the same number of tokens from the start of all its responses, so that they still
             answer the same prompt, ``drop`` drops the example. Nothing is written over a cut. Default: "keep_start".
@@ -99,6 +107,17 @@ def prefix_preference_dataset(
             pairs. Default: "best_vs_rest".
         group_by_prompt (bool): whether records with the same prompt are merged into one tree, in which prompt and
             repeated responses are computed once; every pair counts as it would apart. Default: False.
+        deduplicate (Mapping[str, Any] | str | None): drops records that say what an earlier one says: ``exact``,
+            ``minhash``, or a mapping of ``method`` and the fields of ``prefix_sharing.datasets.choosing.duplicates``.
+            Default: None, they stay.
+        select (Mapping[str, Any] | None): which records to take: ``by`` one of ``random``, ``longest``, ``alpagasus``,
+            ``argilla``, ``a2``, ``deita``, with ``budget`` and the fields of
+            ``prefix_sharing.datasets.choosing.selection``. Default: None, all.
+        scores (Sequence[str] | Mapping[str, Any] | None): where scores of answers come from that ``select`` goes by:
+            columns, one for each answer in the order of the record, or one with a list; or a judge, with
+            ``_component_``. Default: None, those that the form has, or ``score_chosen`` and ``score_rejected``.
+        rescale (Mapping[str, Any] | None): ``raw`` names columns or a judge, as ``scores`` does, whose values are
+            fitted to the scores there are, and fill in those that are missing. Default: None, none is filled in.
         on_malformed (OnMalformed): what happens to a record that cannot be read: ``stop`` ends with an error that names
             file, record and key, ``drop`` drops it, counts it, and logs the first ones. Default: "stop".
         max_malformed (float): share of the records that may be dropped so; more are an error. Default: 0.1.
@@ -131,6 +150,7 @@ def prefix_preference_dataset(
         masking_strategy=masking_strategy or "train_on_assistant",
         new_system_prompt=new_system_prompt,
         max_seq_len=max_seq_len,
+        max_prompt_length=max_prompt_length,
         truncation=truncation,
         filter_fn=_resolve("filter_fn", filter_fn),
         record_fn=_resolve("record_fn", record_fn),
@@ -139,13 +159,14 @@ def prefix_preference_dataset(
         on_malformed=on_malformed,
         max_malformed=max_malformed,
     )
+    choice = Choice.from_keys(deduplicate=deduplicate, select=select, scores=scores, rescale=rescale)
     try:
         records = Source(source or kind_of_files(load_dataset_kwargs), split, load_dataset_kwargs).load()
     except UnknownArgumentError as error:
         known = list(inspect.signature(prefix_preference_dataset).parameters)
         problem = f"unknown argument of prefix_preference_dataset.{did_you_mean(error.name, known)}"
         raise ConfigError(error.name, problem) from error
-    return _tokenize(records, tokenizer, options)
+    return _tokenize(records, tokenizer, options, choice)
 
 
 def packed_preference_dataset(
@@ -185,37 +206,48 @@ def preference_dataset_from_records(
     Raises:
         UserError: if a record is malformed or no example is left.
     """
-    return _tokenize(Records(records, name), tokenizer, options or PreferenceOptions())
+    return _tokenize(Records(records, name), tokenizer, options or PreferenceOptions(), Choice())
 
 
-def _tokenize(records: Records, tokenizer: ChatTokenizer, options: PreferenceOptions) -> PrefixPreferenceDataset:
+def _tokenize(
+    records: Records, tokenizer: ChatTokenizer, options: PreferenceOptions, choice: Choice
+) -> PrefixPreferenceDataset:
     form = _form_of(records, options)
     if options.max_seq_len is None:
         options = replace(options, max_seq_len=tokenizer.max_seq_len)
+    if options.max_prompt_length is not None:
+        if options.max_seq_len is None:
+            raise ConfigError("max_prompt_length", "not used without max_seq_len; set that as well")
+        if options.max_prompt_length >= options.max_seq_len:
+            problem = f"must be less than max_seq_len, {options.max_seq_len}, for an answer to be left"
+            raise ConfigError("max_prompt_length", problem)
     if tokenizer.max_seq_len is not None:
         # torchtune's tokenizers cut by themselves, and write EOS over the last token, which would then be learned.
         tokenizer = copy.copy(tokenizer)
         tokenizer.max_seq_len = None
 
     rows = records.rows
-    num_processes = min(os.cpu_count() or 1, len(rows) // _RECORDS_PER_PROCESS)
     try:
         tokenized = rows.map(
             TokenizeRecord(tokenizer, form, options, records.is_json),
             with_indices=True,
             remove_columns=rows.column_names,
             features=FEATURES,
-            num_proc=num_processes if num_processes > 1 else None,
+            num_proc=processes_for(len(rows)),
             desc=f"Tokenizing {records.name}",
         )
     except MalformedRecordError as error:
         raise UserError(f"{records.describe(error.index)}: {error.problem}.") from error
     check_malformed(tokenized, records, options.max_malformed)
+    reader = RecordReader(records, form, options, choice.score_columns)
+    left_out = np.full(len(rows), "", dtype=object)
+    usable = pc.indices_nonzero(pc.equal(tokenized.data.column("dropped"), "")).to_numpy().astype(np.int64)
+    left_out[usable] = choice.left_out(Candidates([reader], usable, [records.name], records.describe), records.name)
     if options.group_by_prompt or form.by_prompt:
-        tokenized = merge_by_prompt(tokenized, records.name, options.pairs)
-    dataset = PrefixPreferenceDataset(tokenized, records.name)
+        tokenized = merge_by_prompt(tokenized, records.name, options.pairs, left_out)
+    dataset = PrefixPreferenceDataset(tokenized, records.name, left_out=left_out, reader=reader)
     log.info("%r", dataset)
-    log_remarks(dataset, records)
+    log_remarks(dataset, records, choice.columns)
     return dataset
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from prefix_sharing.datasets.table import BEYOND_ITS_SHARE, FEATURES, MERGED
+from prefix_sharing.datasets.choosing import RecordReader
+from prefix_sharing.datasets.table import FEATURES, MERGED
 from prefix_sharing.errors import UserError
 from prefix_sharing.trees import Response, TreeSize, TreeSizes
 
@@ -22,12 +23,16 @@ class PrefixPreferenceDataset(Dataset):
         tokenized (datasets.Dataset): what tokenizing made of every record, dropped ones included; its columns are
             ``prefix_sharing.datasets.table.FEATURES``.
         name (str): where the records come from, for messages.
-        take (np.ndarray | None): which records to use if they are not dropped, shape ``[records]``. Default: None, all.
+        left_out (np.ndarray | None): why a record is left out that is not dropped already, "" where it is not, shape
+            ``[records]``. Default: None, none is.
+        reader (RecordReader | None): reads the records again, for a mixture that chooses among them. Default: None.
 
     Attributes:
         tokenized (datasets.Dataset): as given.
         name (str): where the records come from.
+        reader (RecordReader | None): as given.
         num_records (int): records read.
+        reasons (np.ndarray): why each record is not used, "" where it is, shape ``[records]``.
         dropped (dict[str, int]): records not used, by reason.
         num_merged (int): records used as part of another example.
         num_responses (int): K, the most that an example has.
@@ -36,6 +41,7 @@ class PrefixPreferenceDataset(Dataset):
         largest_id (int): largest token id.
         num_pairs (np.ndarray): pairs of each example, shape ``[N]``.
         num_cut (int): responses that lost their end to ``max_seq_len``.
+        num_prompts_cut (int): examples whose prompt lost its beginning to ``max_prompt_length``.
         num_without_end (int): responses without a scored token that ends the answer.
         num_labels (np.ndarray): responses of each example with a label, desirable or undesirable, shape ``[N]``.
         num_scored (np.ndarray): scored tokens of each example, over its responses, shape ``[N]``.
@@ -46,9 +52,17 @@ class PrefixPreferenceDataset(Dataset):
         UserError: if there is no example.
     """
 
-    def __init__(self, tokenized: datasets.Dataset, name: str, *, take: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        tokenized: datasets.Dataset,
+        name: str,
+        *,
+        left_out: np.ndarray | None = None,
+        reader: RecordReader | None = None,
+    ) -> None:
         self.name = name
-        self._take = take
+        self.reader = reader
+        self._left_out = left_out
         self._set_table(tokenized)
 
     def with_table(self, tokenized: datasets.Dataset) -> "PrefixPreferenceDataset":
@@ -65,15 +79,16 @@ class PrefixPreferenceDataset(Dataset):
         return changed
 
     def _set_table(self, tokenized: datasets.Dataset) -> None:
-        name, take = self.name, self._take
+        name = self.name
         self.tokenized = tokenized
         self.num_records = len(tokenized)
         reasons = np.asarray(tokenized.data.column("dropped").to_pylist(), dtype=object)
-        if take is not None:
-            reasons[(reasons == "") & ~take] = BEYOND_ITS_SHARE
+        if self._left_out is not None:
+            reasons = np.where(reasons == "", self._left_out, reasons)
         counts = Counter(reasons.tolist())
         self.num_merged = counts.pop(MERGED, 0)
         self.dropped = {reason: n for reason, n in sorted(counts.items()) if reason}
+        self.reasons = reasons
         used = np.flatnonzero(reasons == "")
         if len(used) == 0:
             why = f" (dropped by reason: {self._describe_drops()})" if self.dropped else ""
@@ -91,6 +106,7 @@ class PrefixPreferenceDataset(Dataset):
         self.num_labels = columns.column("num_labels").to_numpy()
         self.num_scored = columns.column("num_scored").to_numpy()
         self.num_cut = pc.sum(columns.column("num_cut")).as_py()
+        self.num_prompts_cut = pc.sum(columns.column("prompt_cut")).as_py()
         self.num_without_end = pc.sum(columns.column("num_without_end")).as_py()
         self.ids = columns.column("id").combine_chunks()
         self._sizes = {
@@ -156,6 +172,8 @@ class PrefixPreferenceDataset(Dataset):
         cut = ""
         if self.num_cut:
             cut = f"; {self.num_cut:,} of {int(self.num_responses_of.sum()):,} responses lost their end to max_seq_len"
+        if self.num_prompts_cut:
+            cut += f"; {self.num_prompts_cut:,} prompts lost their beginning to max_prompt_length"
         return (
             f"{self.name}: {self.num_records:,} records = {used} + {sum(self.dropped.values()):,} dropped{drops}{cut}"
         )

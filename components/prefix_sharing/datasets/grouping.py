@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets.fingerprint import Hasher
 
 from prefix_sharing.datasets.ranking import PairStrategy, pairs_with_a_preference
 from prefix_sharing.datasets.table import FEATURES, MERGED, NO_REMARKS, dropped_example, tokenized_example
 
 
-def group_by_prompt(tokenized: datasets.Dataset, name: str, strategy: PairStrategy) -> datasets.Dataset:
+def group_by_prompt(
+    tokenized: datasets.Dataset, name: str, strategy: PairStrategy, left_out: np.ndarray
+) -> datasets.Dataset:
     """Merges examples that have the same prompt into the first of them.
 
     Every pair stays a pair and counts as it did; a response that several pairs contain is there once. Examples of one
@@ -20,6 +23,8 @@ def group_by_prompt(tokenized: datasets.Dataset, name: str, strategy: PairStrate
         tokenized (datasets.Dataset): a table with the columns of ``FEATURES``.
         name (str): where the records come from, for the progress bar.
         strategy (PairStrategy): which pairs responses with scores of their own are compared by.
+        left_out (np.ndarray): why a line is left out that could be used, "" where it is not, shape ``[lines]``; those
+            are merged with no other.
 
     Returns:
         datasets.Dataset: as many lines; those merged into an earlier one say so in ``dropped``.
@@ -27,28 +32,31 @@ def group_by_prompt(tokenized: datasets.Dataset, name: str, strategy: PairStrate
     first_of: dict[str, int] = {}
     members: dict[int, list[int]] = {}
     for index, prompt in enumerate(tokenized["prompt"]):
-        if prompt:
+        if prompt and not left_out[index]:
             members.setdefault(first_of.setdefault(prompt, index), []).append(index)
     return tokenized.map(
-        _Merge(tokenized, members, strategy),
+        _Merge(tokenized, members, strategy, left_out),
         with_indices=True,
         features=FEATURES,
         # Hashing the function would read the whole table.
-        new_fingerprint=Hasher.hash([tokenized._fingerprint, "group_by_prompt", strategy]),
+        new_fingerprint=Hasher.hash([tokenized._fingerprint, "group_by_prompt", strategy, left_out.tolist()]),
         desc=f"Grouping {name} by prompt",
     )
 
 
 class _Merge:
-    def __init__(self, tokenized: datasets.Dataset, groups: dict[int, list[int]], strategy: PairStrategy) -> None:
+    def __init__(
+        self, tokenized: datasets.Dataset, groups: dict[int, list[int]], strategy: PairStrategy, left_out: np.ndarray
+    ) -> None:
         self._tokenized = tokenized
+        self._left_out = left_out
         self._strategy = strategy
         self._group_of = {index: group for group in groups.values() for index in group}
 
     def __call__(self, example: dict[str, Any], index: int) -> dict[str, Any]:
         group = self._group_of.get(index, [index])
         is_scored = bool(example["scores"])
-        if len(group) == 1 and not is_scored:
+        if self._left_out[index] or (len(group) == 1 and not is_scored):
             return example
         remarks = {name: example[name] for name in NO_REMARKS}
         if not is_scored and index != group[0]:
@@ -119,4 +127,5 @@ def compare(examples: Sequence[dict[str, Any]], strategy: PairStrategy) -> dict[
 def _sum_of_remarks(examples: Sequence[dict[str, Any]], num_responses: int) -> dict[str, Any]:
     """The counts of several examples; at most all, since a response may be in more than one."""
     names = ("num_cut", "num_without_end")
-    return {**NO_REMARKS, **{name: min(sum(e[name] for e in examples), num_responses) for name in names}}
+    sums = {name: min(sum(e[name] for e in examples), num_responses) for name in names}
+    return {**NO_REMARKS, **sums, "prompt_cut": any(e["prompt_cut"] for e in examples)}

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Collection
 
 import datasets
 import numpy as np
@@ -38,15 +39,18 @@ def check_malformed(tokenized: datasets.Dataset, records: Records, max_malformed
     log.warning("%s and dropped. The first: %s", count, "; ".join(shown))
 
 
-def log_remarks(dataset: PrefixPreferenceDataset, records: Records) -> None:
+def log_remarks(dataset: PrefixPreferenceDataset, records: Records, chosen_by: Collection[str] = ()) -> None:
     """Logs what was not used as it is, each in a line.
 
     Args:
         dataset (PrefixPreferenceDataset): the data set.
         records (Records): what it was made of.
+        chosen_by (Collection[str]): columns that were read to choose among the records. Default: (), none.
     """
     tokenized = dataset.tokenized
     unused = Counter(name for names in tokenized.data.column("unused").to_pylist() for name in names)
+    for column in chosen_by:
+        unused.pop(f"column {column}", None)
     if unused:
         log.info("%s: not used: %s", dataset.name, ", ".join(f"{name} ({n:,} records)" for name, n in unused.items()))
     lost = np.flatnonzero(tokenized.data.column("lost_text").to_numpy())

@@ -34,6 +34,7 @@ FEATURES = datasets.Features(
         "scores": datasets.Sequence(datasets.Value("float64")),  # of single responses that are yet to be compared
         "num_cut": datasets.Value("int32"),  # responses that lost their end to max_seq_len
         "num_without_end": datasets.Value("int32"),  # responses without a scored token that ends them
+        "prompt_cut": datasets.Value("bool"),  # whether the prompt lost its beginning to max_prompt_length
         "lost_text": datasets.Value("bool"),  # whether the chat template left out text of scored turns
         "unused": datasets.Sequence(datasets.Value("string")),  # columns and keys of messages with no use
         "problem": datasets.Value("string"),  # of a malformed record
@@ -44,7 +45,7 @@ FEATURES = datasets.Features(
 )
 
 
-NO_REMARKS = {"num_cut": 0, "num_without_end": 0, "lost_text": False, "unused": []}
+NO_REMARKS = {"num_cut": 0, "num_without_end": 0, "prompt_cut": False, "lost_text": False, "unused": []}
 """What there is to say of an example of which there is nothing to say."""
 
 

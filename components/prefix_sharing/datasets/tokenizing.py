@@ -1,5 +1,6 @@
 """From a record to the response sequences of an example: which turns are scored, what is cut, what is dropped."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -21,6 +22,9 @@ MaskingStrategy = Literal["train_on_assistant", "train_on_last", "train_on_all"]
 Truncation = Literal["keep_start", "keep_end", "drop"]
 OnMalformed = Literal["stop", "drop"]
 
+_RECORDS_PER_PROCESS = 1000
+"""Below this, starting a process takes longer than its share of the work."""
+
 _Sequence = tuple[list[int], list[bool]]
 """Token ids, and which of them are scored."""
 
@@ -39,6 +43,7 @@ class PreferenceOptions:
     masking_strategy: MaskingStrategy = "train_on_assistant"
     new_system_prompt: str | None = None
     max_seq_len: int | None = None
+    max_prompt_length: int | None = None
     truncation: Truncation = "keep_start"
     filter_fn: Callable[[dict], bool] | None = None
     pairs: PairStrategy = "best_vs_rest"
@@ -55,6 +60,12 @@ class PreferenceOptions:
         ):
             if getattr(self, key) not in choices:
                 raise ConfigError(key, f"must be one of {', '.join(choices)}, not {getattr(self, key)}")
+        if self.max_prompt_length is not None:
+            if self.max_prompt_length < 1:
+                raise ConfigError("max_prompt_length", f"must be at least 1, but is {self.max_prompt_length}")
+            if self.truncation == "keep_end":
+                problem = "not used with truncation: keep_end, which takes everything from the start already"
+                raise ConfigError("max_prompt_length", problem)
         if not 0 <= self.max_malformed <= 1:
             raise ConfigError("max_malformed", f"must be a share from 0 to 1, not {self.max_malformed}")
 
@@ -97,8 +108,7 @@ class TokenizeRecord:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, form=FORMS[state["form"]])
-        if multiprocess.parent_process() is not None:  # in one of the processes that tokenize
-            belong_to_parent()
+        belong_to_map()
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         """The line of a record; raises ``MalformedRecordError`` if it is malformed and that is to stop the run."""
@@ -124,7 +134,7 @@ class TokenizeRecord:
         ):
             return dropped_example("empty response")
         chats = [
-            self._tokenize(turns, given, comparison)
+            self._tokenize(turns, given, comparison, self.options.masking_strategy)
             for turns, given in zip(comparison.conversations, comparison.given, strict=True)
         ]
         unused = [f"column {name}" for name in record.unused()]
@@ -132,10 +142,11 @@ class TokenizeRecord:
         unused += [f"message key {name}" for name in dict.fromkeys(key for chat in chats for key in chat.unused)]
         return self._example_of(comparison, chats, [_printable(name) for name in unused])
 
-    def _tokenize(self, turns: list[Turn], given: str, comparison: Comparison) -> TokenizedChat:
+    def _tokenize(
+        self, turns: list[Turn], given: str, comparison: Comparison, strategy: MaskingStrategy
+    ) -> TokenizedChat:
         if sum(len(turn.get("content", "")) for turn in turns) > MAX_TEXT:
             raise ValueError(f"it has more than {MAX_TEXT:,} characters")
-        strategy = self.options.masking_strategy
         if strategy == "train_on_assistant":
             scored = [turn["role"] == "assistant" for turn in turns]
         else:
@@ -160,13 +171,29 @@ class TokenizeRecord:
         flags = [flag and not of_given for flag, of_given in zip(chat.scored, is_given, strict=True)]
         return replace(chat, scored=flags)
 
+    def _prompt_cut(self, comparison: Comparison, longest: int) -> int:
+        """How many tokens to take from the start of every response, so that the prompt has ``max_prompt_length``."""
+        limit, most = self.options.max_seq_len, self.options.max_prompt_length
+        if limit is None or most is None or longest <= limit:
+            return 0
+        prompts = [
+            int(np.argmax(self._tokenize(turns, given, comparison, "train_on_last").scored))
+            for turns, given in zip(comparison.conversations, comparison.given, strict=True)
+        ]
+        return max(0, max(prompts) - most)
+
     def _example_of(
         self, comparison: Comparison, chats: Sequence[TokenizedChat], unused: Sequence[str]
     ) -> dict[str, Any]:
         limit, longest = self.options.max_seq_len, max(len(chat.tokens) for chat in chats)
+        cut = self._prompt_cut(comparison, longest)
+        if cut:
+            chats = [replace(chat, tokens=chat.tokens[cut:], scored=chat.scored[cut:]) for chat in chats]
+            longest -= cut
         remarks = {
             "num_cut": 0,
             "num_without_end": 0,
+            "prompt_cut": cut > 0,
             "lost_text": any(chat.lost_text for chat in chats),
             "unused": list(unused),
         }
@@ -203,6 +230,25 @@ class TokenizeRecord:
             remarks,
             () if comparison.label is None else [1 if comparison.label else -1],
         )
+
+
+def processes_for(num_records: int) -> int | None:
+    """How many processes read some records.
+
+    Args:
+        num_records (int): how many there are.
+
+    Returns:
+        int | None: for ``datasets.Dataset.map``; None is this process.
+    """
+    number = min(os.cpu_count() or 1, num_records // _RECORDS_PER_PROCESS)
+    return number if number > 1 else None
+
+
+def belong_to_map() -> None:
+    """Ends with the process that called ``datasets.Dataset.map``, where this is one of those that work for it."""
+    if multiprocess.parent_process() is not None:
+        belong_to_parent()
 
 
 def prepare_record(values: dict[str, Any], record_fn: Callable[[dict], dict] | None) -> dict[str, Any]:

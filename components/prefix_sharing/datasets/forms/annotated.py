@@ -1,5 +1,6 @@
 """Forms of two answers with an annotator's verdict beside them, each named after the data set that has it."""
 
+from dataclasses import replace
 from typing import Any
 
 from prefix_sharing.datasets.forms.comparison import Comparison, compare
@@ -14,7 +15,7 @@ def _by_verdict(record: Record, prompt: list[Turn], names: tuple[str, str], bett
     """The two answers, the better one first."""
     best_first = (names[better], names[1 - better])
     answers, keys = [record.get(name) for name in best_first], [record.key(name) for name in best_first]
-    return compare(record, prompt, answers, keys)
+    return replace(compare(record, prompt, answers, keys), order=[better, 1 - better])
 
 
 def _by_strength(record: Record, names: tuple[str, str], strength: float) -> Comparison:
@@ -42,9 +43,10 @@ def read_tldr_comparison(record: Record) -> Comparison:
     if not isinstance(summaries, list) or len(summaries) != 2 or not all(isinstance(s, dict) for s in summaries):
         raise RecordError(key, "must be a list of two summaries, objects with a 'text'")
     better = record.choice("choice", _FIRST_OR_SECOND)
-    order = (better, 1 - better)
+    order = [better, 1 - better]
     prompt = parse_prompt(_tldr_prompt(record.get("info"), record.key("info")), record.key("info"))
-    return compare(record, prompt, [summaries[i].get("text") for i in order], [f"{key}[{i}].text" for i in order])
+    answers, keys = [summaries[i].get("text") for i in order], [f"{key}[{i}].text" for i in order]
+    return replace(compare(record, prompt, answers, keys), order=order)
 
 
 def _tldr_prompt(info: Any, key: str) -> str:

@@ -29,6 +29,7 @@ class Comparison:
         label (bool | None): of a single answer: whether it is desirable.
         tools (list | None): the tools that the prompt offers, for the chat template.
         template_kwargs (dict[str, Any]): whatever else the record has for the chat template.
+        order (list[int]): which of the record's answers each is.
     """
 
     conversations: list[list[Turn]]
@@ -38,6 +39,7 @@ class Comparison:
     label: bool | None = None
     tools: list | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
 
 
 def compare(
@@ -80,6 +82,7 @@ def compare(
         label,
         _tools_of(record),
         _template_kwargs_of(record),
+        list(order),
     )
 
 
