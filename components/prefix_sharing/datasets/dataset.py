@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from prefix_sharing.datasets.table import BEYOND_ITS_SHARE, FEATURES, MERGED
+from prefix_sharing.datasets.table import BEYOND_ITS_SHARE, FEATURES, MERGED, NOT_DRAWN
 from prefix_sharing.errors import UserError
 from prefix_sharing.trees import Response, TreeSize, TreeSizes
 
@@ -48,7 +48,7 @@ class PrefixPreferenceDataset(Dataset):
 
     def __init__(self, tokenized: datasets.Dataset, name: str, *, take: np.ndarray | None = None) -> None:
         self.name = name
-        self._take = take
+        self._take, self._beyond = take, BEYOND_ITS_SHARE
         self._set_table(tokenized)
 
     def with_table(self, tokenized: datasets.Dataset) -> "PrefixPreferenceDataset":
@@ -64,13 +64,28 @@ class PrefixPreferenceDataset(Dataset):
         changed._set_table(tokenized)
         return changed
 
+    def subset(self, examples: np.ndarray) -> "PrefixPreferenceDataset":
+        """Some of the examples.
+
+        Args:
+            examples (np.ndarray): indices of those to take.
+
+        Returns:
+            PrefixPreferenceDataset: another data set; the others count as dropped.
+        """
+        changed = copy.copy(self)
+        changed._take, changed._beyond = np.zeros(self.num_records, dtype=bool), NOT_DRAWN
+        changed._take[self.record_index[examples]] = True
+        changed._set_table(self.tokenized)
+        return changed
+
     def _set_table(self, tokenized: datasets.Dataset) -> None:
         name, take = self.name, self._take
         self.tokenized = tokenized
         self.num_records = len(tokenized)
         reasons = np.asarray(tokenized.data.column("dropped").to_pylist(), dtype=object)
         if take is not None:
-            reasons[(reasons == "") & ~take] = BEYOND_ITS_SHARE
+            reasons[(reasons == "") & ~take] = self._beyond
         counts = Counter(reasons.tolist())
         self.num_merged = counts.pop(MERGED, 0)
         self.dropped = {reason: n for reason, n in sorted(counts.items()) if reason}
