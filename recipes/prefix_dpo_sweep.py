@@ -150,7 +150,9 @@ class PrefixDPOSweep:
         if missing and len(missing) < 3:
             raise ConfigError(missing[0], "required: judge, sampler and prompts_val belong together")
         if self.cfg.dataset_val is None and self.cfg.measures is None and missing:
-            raise ConfigError("dataset_val", "required: the runs are compared on it, unless measures name something else")
+            raise ConfigError(
+                "dataset_val", "required: the runs are compared on it, unless measures name something else"
+            )
         if self.cfg.seeds > 1 and any(axis.key == "seed" for axis in axes):
             raise ConfigError("seeds", "not used while seed is swept; remove one of the two")
         plain = cfg.copy()

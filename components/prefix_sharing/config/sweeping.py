@@ -90,7 +90,9 @@ def check_axes(cfg: DictConfig, axes: Sequence[Axis]) -> None:
         if axis.key in _SET_BY_THE_SWEEP:
             raise ConfigError(axis.key, "set for each run by the sweep, so it cannot be swept")
         if _takes_list(cfg, axis.key) and not all(isinstance(value, list) for value in axis.values):
-            problem = "takes a list itself: values to try are a list of lists, and [[a, b]] sets it to [a, b] in all runs"
+            problem = (
+                "takes a list itself: values to try are a list of lists, and [[a, b]] sets it to [a, b] in all runs"
+            )
             raise ConfigError(axis.key, problem)
 
 

@@ -19,6 +19,7 @@ from prefix_sharing.datasets.grouping import group_by_prompt as merge_by_prompt
 from prefix_sharing.datasets.ranking import PairStrategy
 from prefix_sharing.datasets.remarks import check_malformed, log_remarks
 from prefix_sharing.datasets.source import Records, Source, UnknownArgumentError, kind_of_files
+from prefix_sharing.datasets.splitting import split_at_turns
 from prefix_sharing.datasets.table import FEATURES
 from prefix_sharing.datasets.tokenizing import (
     MalformedRecordError,
@@ -58,6 +59,8 @@ def prefix_preference_dataset(
     group_by_prompt: bool = False,
     on_malformed: OnMalformed = "stop",
     max_malformed: float = 0.1,
+    max_masked: float | None = None,
+    empty_system_prob: float = 0.0,
     **load_dataset_kwargs: Any,
 ) -> PrefixPreferenceDataset:
     """Builds a preference data set from files or the hub, for a config.
@@ -91,17 +94,23 @@ def prefix_preference_dataset(
             ``max_seq_len``.
         truncation (Truncation): what happens to an example that exceeds it: ``keep_start`` cuts each response at the
             end, ``keep_end`` cuts the same number of tokens from the start of all its responses, so that they still
-            answer the same prompt, ``drop`` drops the example. Nothing is written over a cut. Default: "keep_start".
+            answer the same prompt, ``drop`` drops the example, ``split_turns`` makes several of a conversation that
+            ``NLLLoss`` learns from, each beginning with the system turn, if any, and a user's turn, and cuts what is
+            still too long at the end. Nothing is written over a cut. Default: "keep_start".
         filter_fn (Callable[[dict], bool] | str | None): records for which it is false are dropped, and counted. A
             config names it by its dotted path.
         pairs (PairStrategy): which pairs a ranked list is compared by: ``best_vs_rest``, ``adjacent``, ``all`` or
             ``best_vs_worst``; tied responses are no pair. Each response is computed once whatever the number of its
-            pairs. Default: "best_vs_rest".
+            pairs. ``best_only`` keeps the best response alone, for ``NLLLoss``. Default: "best_vs_rest".
         group_by_prompt (bool): whether records with the same prompt are merged into one tree, in which prompt and
             repeated responses are computed once; every pair counts as it would apart. Default: False.
         on_malformed (OnMalformed): what happens to a record that cannot be read: ``stop`` ends with an error that names
             file, record and key, ``drop`` drops it, counts it, and logs the first ones. Default: "stop".
         max_malformed (float): share of the records that may be dropped so; more are an error. Default: 0.1.
+        max_masked (float | None): examples of which a larger share of the tokens is not scored are dropped, and
+            counted. Default: None, none are.
+        empty_system_prob (float): probability that a conversation without a system turn gets an empty one. What is
+            drawn depends on the prompt alone. Default: 0.0.
         **load_dataset_kwargs (Any): ``data_files`` and whatever else ``datasets.load_dataset`` takes.
 
     Returns:
@@ -138,6 +147,8 @@ def prefix_preference_dataset(
         group_by_prompt=group_by_prompt,
         on_malformed=on_malformed,
         max_malformed=max_malformed,
+        max_masked=max_masked,
+        empty_system_prob=empty_system_prob,
     )
     try:
         records = Source(source or kind_of_files(load_dataset_kwargs), split, load_dataset_kwargs).load()
@@ -197,15 +208,18 @@ def _tokenize(records: Records, tokenizer: ChatTokenizer, options: PreferenceOpt
         tokenizer = copy.copy(tokenizer)
         tokenizer.max_seq_len = None
 
+    num_proc, name = _num_processes(records), records.name
+    if options.truncation == "split_turns":
+        name += ", split at turns"
+        records = split_at_turns(records, TokenizeRecord(tokenizer, form, options, records.is_json), num_proc)
     rows = records.rows
-    num_processes = min(os.cpu_count() or 1, len(rows) // _RECORDS_PER_PROCESS)
     try:
         tokenized = rows.map(
             TokenizeRecord(tokenizer, form, options, records.is_json),
             with_indices=True,
             remove_columns=rows.column_names,
             features=FEATURES,
-            num_proc=num_processes if num_processes > 1 else None,
+            num_proc=num_proc,
             desc=f"Tokenizing {records.name}",
         )
     except MalformedRecordError as error:
@@ -213,10 +227,16 @@ def _tokenize(records: Records, tokenizer: ChatTokenizer, options: PreferenceOpt
     check_malformed(tokenized, records, options.max_malformed)
     if options.group_by_prompt or form.by_prompt:
         tokenized = merge_by_prompt(tokenized, records.name, options.pairs)
-    dataset = PrefixPreferenceDataset(tokenized, records.name)
+    dataset = PrefixPreferenceDataset(tokenized, name)
     log.info("%r", dataset)
     log_remarks(dataset, records)
     return dataset
+
+
+def _num_processes(records: Records) -> int | None:
+    """How many processes to go through the records in; None for this one."""
+    number = min(os.cpu_count() or 1, len(records.rows) // _RECORDS_PER_PROCESS)
+    return number if number > 1 else None
 
 
 def _form_of(records: Records, options: PreferenceOptions) -> Form:

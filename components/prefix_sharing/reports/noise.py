@@ -26,7 +26,9 @@ def least_difference(samples: Sequence[Sequence[float]]) -> float | None:
     if freedom == 0:
         return None
     ends = np.cumsum(sizes)[:-1]
-    by_chance = _range_over_noise(np.split(np.random.default_rng(0).standard_normal((_DRAWS, sum(sizes))), ends, axis=1))
+    by_chance = _range_over_noise(
+        np.split(np.random.default_rng(0).standard_normal((_DRAWS, sum(sizes))), ends, axis=1)
+    )
     squares = sum(float(((np.asarray(sample) - np.mean(sample)) ** 2).sum()) for sample in samples)
     return float(np.quantile(by_chance, _LEVEL)) * (squares / freedom) ** 0.5
 

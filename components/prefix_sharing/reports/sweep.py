@@ -119,7 +119,9 @@ def _named(names: Sequence[str], point: Point) -> str:
     return ", ".join(f"{name}={label(value)}" for name, value in zip(names, point, strict=True))
 
 
-def plot_sweep(names: Sequence[str], found: Sequence[Measured], measures: Sequence[str], title: str, file: Path) -> None:
+def plot_sweep(
+    names: Sequence[str], found: Sequence[Measured], measures: Sequence[str], title: str, file: Path
+) -> None:
     """Each measure over the first axis: dots are runs, lines go through the means, one for each value of the others.
 
     Args:
