@@ -214,9 +214,9 @@ class PrefixDPOSweep:
         assert result is not None
         if result.get("judged_by") == by:
             return
-        cfg = OmegaConf.merge(OmegaConf.structured(OnlineConfig), OmegaConf.masked_copy(self.cfg, list(_OF_THE_JUDGE)))
-        cfg = OmegaConf.merge(cfg, run.cfg)
-        assert isinstance(cfg, DictConfig)
+        cfg = OmegaConf.structured(OnlineConfig)
+        for keys in (run.cfg, OmegaConf.masked_copy(self.cfg, list(_OF_THE_JUDGE))):
+            cfg.merge_with(OmegaConf.create(OmegaConf.to_container(keys, resolve=True)))
         cfg.dataset = cfg.dataset_val = None
         cfg.prompts = cfg.prompts_val
         with locked_output_dir(run.cfg):
