@@ -75,7 +75,9 @@ class SweepConfig(TrainingConfig):
     """With ``judge``: of sampling; 0 takes the most likely token each time."""
 
 
-OWN_KEYS = tuple(field.name for field in fields(SweepConfig) if field.name not in TrainingConfig.__dataclass_fields__)
+TRAINING_KEYS = [field.name for field in fields(TrainingConfig)]
+
+NEVER_SWEPT = {field.name for field in fields(SweepConfig)} - {*TRAINING_KEYS, "examples"}
 """What is the sweep's, not a run's."""
 
 
@@ -155,10 +157,7 @@ class PrefixDPOSweep:
             )
         if self.cfg.seeds > 1 and any(axis.key == "seed" for axis in axes):
             raise ConfigError("seeds", "not used while seed is swept; remove one of the two")
-        plain = cfg.copy()
-        for key in OWN_KEYS:
-            plain.pop(key, None)
-        self.runs = [self.run_at(plain, point, k) for point in grid(axes) for k in range(self.cfg.seeds)]
+        self.runs = [self.run_at(cfg, point, k) for point in grid(axes) for k in range(self.cfg.seeds)]
         held_out = [OmegaConf.to_container(run.cfg, resolve=True)["dataset_val"] for run in self.runs]  # type: ignore[index,call-overload]
         if any(node != held_out[0] for node in held_out):
             log.warning("dataset_val is not the same in all runs, so what is measured on it does not compare; set it.")
@@ -171,15 +170,16 @@ class PrefixDPOSweep:
             name = f"{name},seed={cfg.seed}"
         cfg.output_dir = str(self.output_dir / name)
         cfg.resume, cfg.overwrite_output_dir = "auto", False
-        cfg = check_config(cfg, TrainingConfig)
+        checked = check_config(cfg, SweepConfig)
+        cfg = OmegaConf.masked_copy(checked, TRAINING_KEYS)
         cfg.checkpointer.output_dir = cfg.output_dir
         if "log_dir" in cfg.metric_logger:
             cfg.metric_logger.log_dir = f"{cfg.output_dir}/logs"
         if cfg.reference.cache_dir is None:
             cfg.reference.cache_dir = str(self.output_dir / "reference_log_probs")
-        if self.cfg.examples is not None:
+        if checked.examples is not None:
             subset = "prefix_sharing.datasets.random_subset"
-            cfg.dataset = {"_component_": subset, "examples": self.cfg.examples, "dataset": cfg.dataset}
+            cfg.dataset = {"_component_": subset, "examples": checked.examples, "dataset": cfg.dataset}
         return Run(name, point, cfg)
 
     def run(self) -> None:
@@ -244,8 +244,9 @@ class PrefixDPOSweep:
             lines.append(f"- {text}")
         lines += [f"- {name} failed: {why}" for name, why in failed.items()]
         lines += ["", CAUTION]
-        examples = "" if self.cfg.examples is None else f", {self.cfg.examples:,} examples"
-        title = f"{component_name(self.cfg.loss)}, {component_name(self.cfg.model)}{examples}, seeds: {self.cfg.seeds}"
+        title = f"{component_name(self.cfg.model)}, {len(self.runs)} runs, seeds: {self.cfg.seeds}"
+        if self.cfg.examples is not None and "examples" not in self.names:
+            title += f", {self.cfg.examples:,} examples each"
         report = "\n".join(lines)
         text = f"# Sweep of {', '.join(axis.key for axis in self.axes)}\n\n{title}.\n\n{report}\n"
         (self.output_dir / "sweep.md").write_text(text, encoding="utf-8")
@@ -375,7 +376,7 @@ def recipe_main() -> None:
     """Sweeps with a config and ``key=value`` overrides, where a list is swept."""
     with readable_errors():
         set_up_logging()
-        axes, sys.argv[1:] = take_axes(sys.argv[1:], OWN_KEYS)
+        axes, sys.argv[1:] = take_axes(sys.argv[1:], NEVER_SWEPT)
         sweep = PrefixDPOSweep(read_config(), axes)
         with locked_output_dir(OmegaConf.create({"output_dir": str(sweep.output_dir)})):
             sweep.run()

@@ -1,18 +1,23 @@
 """A sweep: runs that are the plain recipe's, one reference pass for all, and a table that grows."""
 
 import json
+import logging
 import sys
 
 import pytest
 from omegaconf import OmegaConf
 
 import prefix_dpo_sweep
-from prefix_sharing.config import TrainingConfig, check_config
+from documents import PAGES, runs_of
+from prefix_sharing.config import TrainingConfig, check_config, find_config, instantiate
+from prefix_sharing.config.sweeping import Axis
+from prefix_sharing.quickstart import tokenizer
 from prefix_sharing.reference import log_probs as reference_log_probs
 from runs import SHORT, as_overrides, eval_log, losses, run_in_process, training_log
 
 QUICK = SHORT | {
     "self_check": False,
+    "lr_scheduler": None,
     "model.num_layers": 1,
     "max_steps_per_epoch": 2,
     "dataset_val.num_pairs": 8,
@@ -54,8 +59,10 @@ def passes(monkeypatch):
     return tokens
 
 
-def test_four_betas_take_one_pass_and_are_the_plain_recipes_runs(sweep, passes, tmp_path, monkeypatch):
-    printed = sweep("loss.beta=[0.01,0.05,0.1,0.5]", examples=16)
+def test_four_betas_take_one_pass_and_are_the_plain_recipes_runs(sweep, passes, tmp_path):
+    ((*_, betas, examples, _),) = runs_of("prefix_dpo_sweep", PAGES["sweeps.md"])
+    assert (betas, examples) == ("loss.beta=[0.01,0.05,0.1,0.5]", "examples=3200")
+    printed = sweep(betas, examples=16)
     of_all = sum(passes)
     lines = [line for line in printed.splitlines() if line.startswith("|")]
     assert lines[0].split() == ["|", "beta", "|", "eval/rewards/accuracies", "|", "eval/rewards/margins", "|"]
@@ -128,6 +135,19 @@ def test_data_sets_are_compared_on_the_same_held_out_pairs(sweep, tmp_path):
     configs = [OmegaConf.load(file) for file in sorted((tmp_path / "sweep").glob("*/torchtune_config.yaml"))]
     assert [cfg.dataset.dataset.num_pairs for cfg in configs] == [12, 40]
     assert all(check_config(cfg, TrainingConfig) for cfg in configs)
+    cfg = OmegaConf.load(find_config("quickstart/single_device"))
+    by_size = prefix_dpo_sweep.PrefixDPOSweep(cfg, [Axis("examples", (5, 9))])
+    subsets = [instantiate("dataset", run.cfg.dataset, tokenizer()) for run in by_size.runs]
+    assert [len(subset) for subset in subsets] == [5, 9]
+    assert set(subsets[0].ids.to_pylist()) < set(subsets[1].ids.to_pylist())
+
+
+def test_held_out_pairs_that_change_with_the_run_are_warned_of(tmp_path, caplog):
+    cfg = OmegaConf.load(find_config("quickstart/single_device"))
+    cfg.merge_with({"output_dir": str(tmp_path), "dataset_val": {"seed": "${dataset.seed}"}})
+    with caplog.at_level(logging.WARNING, "prefix_sharing"):
+        prefix_dpo_sweep.PrefixDPOSweep(cfg, [Axis("dataset.seed", (1, 2))])
+    assert "dataset_val is not the same in all runs" in caplog.text
 
 
 def test_answers_of_each_run_are_judged(sweep, tmp_path):
