@@ -9,7 +9,6 @@ that was stopped at any moment goes on when it is started again, and may be give
 """
 
 import gc
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -35,15 +34,10 @@ from prefix_sharing.online.held_out import HeldOut
 from prefix_sharing.reports.sweep import CAUTION, Measured, plot_sweep, table_of, what_it_shows
 from prefix_sharing.run import set_up_device, set_up_logging
 from prefix_sharing.run.directory import full_disk_explained, locked_output_dir
+from prefix_sharing.run.results import measured, read_result, write_result
 from prefix_sharing.run.signals import stop_signals
 
 log = logging.getLogger("prefix_sharing.recipe")
-
-RESULT = "result.json"
-"""What a run has come to, in its directory: there once it is finished."""
-
-_WITHOUT_EFFECT = ("num_workers", "resume", "overwrite_output_dir", "keep_last_n", "save_every_n_steps", "profiler")
-"""Keys that may change after a run is finished."""
 
 _OF_THE_JUDGE = ("judge", "sampler", "prompts_val", "num_answers_val", "max_new_tokens", "temperature")
 
@@ -124,11 +118,6 @@ class Run:
     point: Point
     cfg: DictConfig
 
-    @property
-    def directory(self) -> Path:
-        """Where everything of the run is."""
-        return Path(self.cfg.output_dir)
-
 
 class PrefixDPOSweep:
     """Trains at every point of a grid.
@@ -184,13 +173,15 @@ class PrefixDPOSweep:
 
     def run(self) -> None:
         """Every run that is not finished yet, and the report."""
+        for run in self.runs:
+            read_result(run.cfg)  # which refuses another sweep's, before any work
         failed: dict[str, str] = {}
         for i, run in enumerate(self.runs, start=1):
             number = f"Run {i} of {len(self.runs)}, {run.name}"
-            if read_result(run) is not None:
+            if read_result(run.cfg) is not None:
                 log.info("%s: finished before", number)
             else:
-                log.info("%s: in %s", number, run.directory)
+                log.info("%s: in %s", number, run.cfg.output_dir)
                 try:
                     train(run)
                 except UserError as error:  # such as a learning rate at which it diverges: the others go on
@@ -210,7 +201,7 @@ class PrefixDPOSweep:
         """Adds to a run's result what the judge has to say of its answers, unless that is there."""
         by: Any = OmegaConf.to_container(OmegaConf.masked_copy(self.cfg, list(_OF_THE_JUDGE)), resolve=True)
         by = OmegaConf.to_container(without_secrets(OmegaConf.create(by)))
-        result = read_result(run)
+        result = read_result(run.cfg)
         assert result is not None
         if result.get("judged_by") == by:
             return
@@ -222,11 +213,11 @@ class PrefixDPOSweep:
         with locked_output_dir(run.cfg):
             held_out = HeldOut.of_rows(JudgedPolicy(cfg, set_up_device(cfg)).answer_held_out(0))
         judged = {"score": float(np.nanmean(held_out.scores)), "answer_length": float(held_out.lengths.mean())}
-        write_result(run, result | {"metrics": result["metrics"] | judged, "judged_by": by})
+        write_result(run.cfg, result["metrics"] | judged, judged_by=by)
 
     def report(self, failed: dict[str, str], *, is_last: bool) -> None:
         """Writes the table and the picture of the runs that are finished so far; the last ones are printed."""
-        results = [(run, read_result(run)) for run in self.runs]
+        results = [(run, read_result(run.cfg)) for run in self.runs]
         done = [(run, result["metrics"]) for run, result in results if result is not None]
         if not done:
             return
@@ -234,7 +225,7 @@ class PrefixDPOSweep:
         found = []
         for point in grid(self.axes):
             of_point = [(run, metrics) for run, metrics in done if run.point == point]
-            values = {name: [measured(run, metrics, name) for run, metrics in of_point] for name in measures}
+            values = {name: [measured(run.cfg, metrics, name) for run, metrics in of_point] for name in measures}
             found.append(Measured(point, {name: [v for v in of if v is not None] for name, of in values.items()}))
         lines = [table_of(self.names, found, measures), ""]
         for measure in measures:
@@ -282,7 +273,6 @@ def train(run: Run) -> None:
     Raises:
         UserError: if it fails.
     """
-    config = plain_config(run.cfg)
     cfg = run.cfg.copy()  # which learns of the device
     recipe = RunOfSweep(cfg, set_up_device(cfg))
     with locked_output_dir(cfg), full_disk_explained(cfg):
@@ -293,83 +283,13 @@ def train(run: Run) -> None:
                 exit_code = stop.exit_code()
         finally:
             recipe.cleanup()
-    write_result(run, {"config": config, "metrics": recipe.last_logged})
+    write_result(run.cfg, recipe.last_logged)
     del recipe
     gc.collect()  # the next run needs the memory
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if exit_code:
         raise SystemExit(exit_code)
-
-
-def plain_config(cfg: DictConfig) -> dict[str, Any]:
-    """What decides a run, as JSON can say it, secrets masked."""
-    plain: Any = OmegaConf.to_container(without_secrets(cfg), resolve=True)
-    return {key: value for key, value in plain.items() if key not in _WITHOUT_EFFECT}
-
-
-def read_result(run: Run) -> dict[str, Any] | None:
-    """The result of a run that is finished.
-
-    Args:
-        run (Run): the run.
-
-    Returns:
-        dict[str, Any] | None: its ``config``, its ``metrics``, perhaps ``judged_by``; None if it is not finished.
-
-    Raises:
-        UserError: if it was made with another config.
-    """
-    file = run.directory / RESULT
-    if not file.is_file():
-        return None
-    result = json.loads(file.read_text(encoding="utf-8"))
-    config = plain_config(run.cfg)
-    differing = [key for key in {**config, **result["config"]} if config.get(key) != result["config"].get(key)]
-    if differing:
-        raise UserError(
-            f"{run.directory} is finished, but was made with another {', '.join(differing)}: set that back, choose "
-            "another output_dir, or remove that directory."
-        )
-    return result
-
-
-def write_result(run: Run, result: dict[str, Any]) -> None:
-    """Writes a run's result, which appears whole or not at all."""
-    partial = run.directory / f".{RESULT}"
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    partial.replace(run.directory / RESULT)
-
-
-def measured(run: Run, metrics: dict[str, float], measure: str) -> float | None:
-    """A measure of a run.
-
-    Args:
-        run (Run): the run.
-        metrics (dict[str, float]): what it has logged.
-        measure (str): a name, or ``FILE.json:path/to/number`` with a file in the run's directory; of several that FILE
-            may stand for, as ``*`` does for any name, the newest.
-
-    Returns:
-        float | None: None if the run lacks it.
-
-    Raises:
-        ConfigError: if a file has no such number.
-    """
-    pattern, _, path = measure.rpartition(":")
-    if not pattern.endswith(".json"):
-        return metrics.get(measure)
-    files = sorted(run.directory.glob(pattern), key=lambda file: file.stat().st_mtime)
-    if not files:
-        log.info("%s: there is no %s yet", run.name, pattern)
-        return None
-    try:
-        value = json.loads(files[-1].read_text(encoding="utf-8"))
-        for key in path.split("/"):
-            value = value[int(key) if isinstance(value, list) else key]
-        return float(value)
-    except (ValueError, TypeError, LookupError):
-        raise ConfigError("measures", f"{files[-1]} has no number at {path}") from None
 
 
 def recipe_main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from prefix_sharing.datasets import prefix_preference_dataset
 from prefix_sharing.errors import UserError
 from prefix_sharing.quickstart import tokenizer
+from prefix_sharing.quickstart.checkpointer import TOKENIZER_DIR
+from prefix_sharing.tokenizers import hf_chat_tokenizer
 
 TOKENIZER = tokenizer()
 
@@ -132,6 +135,20 @@ def test_splitting_loses_nothing(tmp_path):
     assert "".join(scored_text(split, i) for i in range(len(split))) == "".join(
         scored_text(whole, i) for i in range(60)
     )
+
+
+def test_a_template_without_a_place_for_a_system_turn_is_named(tmp_path):
+    shutil.copytree(TOKENIZER_DIR, tmp_path / "tokenizer")
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    template = refusing + "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match="System role not supported; the system turn comes from empty_system_prob"):
+        build(
+            tmp_path,
+            [{"messages": chat("Q", "A")}],
+            tokenizer=hf_chat_tokenizer(str(tmp_path / "tokenizer")),
+            empty_system_prob=1.0,
+        )
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,7 @@ def test_data_sets_are_compared_on_the_same_held_out_pairs(sweep, tmp_path):
     assert [cfg.dataset.dataset.num_pairs for cfg in configs] == [12, 40]
     assert all(check_config(cfg, TrainingConfig) for cfg in configs)
     cfg = OmegaConf.load(find_config("quickstart/single_device"))
+    cfg.dataset.num_pairs = 20
     by_size = prefix_dpo_sweep.PrefixDPOSweep(cfg, [Axis("examples", (5, 9))])
     subsets = [instantiate("dataset", run.cfg.dataset, tokenizer()) for run in by_size.runs]
     assert [len(subset) for subset in subsets] == [5, 9]

@@ -17,7 +17,13 @@ from prefix_sharing.config.schema import COMPONENTS
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.fingerprint import fingerprint
 
-_SET_BY_THE_SWEEP = ("output_dir", "resume", "overwrite_output_dir")
+_SET_BY_THE_SWEEP = (
+    "output_dir",
+    "checkpointer.output_dir",
+    "metric_logger.log_dir",
+    "resume",
+    "overwrite_output_dir",
+)
 
 _LONGEST_NAME = 80
 """Characters of a run's name, which is that of a directory."""

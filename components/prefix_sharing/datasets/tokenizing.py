@@ -184,7 +184,12 @@ class TokenizeRecord:
             scored = [False, *(flag for _, flag in others)]
 
         def tokenize(turns: list[Turn], scored: list[bool]) -> TokenizedChat:
-            return tokenize_turns(self.tokenizer, turns, scored, comparison.tools, comparison.template_kwargs)
+            try:
+                return tokenize_turns(self.tokenizer, turns, scored, comparison.tools, comparison.template_kwargs)
+            except UserError as error:
+                if turns[0] is not EMPTY_SYSTEM_TURN:
+                    raise
+                raise UserError(f"{str(error).rstrip('.')}; the system turn comes from empty_system_prob.") from error
 
         chat = tokenize(turns, scored)
         if not given:
