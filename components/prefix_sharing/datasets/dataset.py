@@ -48,7 +48,7 @@ class PrefixPreferenceDataset(Dataset):
 
     def __init__(self, tokenized: datasets.Dataset, name: str, *, take: np.ndarray | None = None) -> None:
         self.name = name
-        self._take, self._beyond = take, BEYOND_ITS_SHARE
+        self._left_out = {} if take is None else {BEYOND_ITS_SHARE: ~take}
         self._set_table(tokenized)
 
     def with_table(self, tokenized: datasets.Dataset) -> "PrefixPreferenceDataset":
@@ -73,19 +73,19 @@ class PrefixPreferenceDataset(Dataset):
         Returns:
             PrefixPreferenceDataset: another data set; the others count as dropped.
         """
-        changed = copy.copy(self)
-        changed._take, changed._beyond = np.zeros(self.num_records, dtype=bool), NOT_DRAWN
-        changed._take[self.record_index[examples]] = True
+        changed, not_drawn = copy.copy(self), np.ones(self.num_records, dtype=bool)
+        not_drawn[self.record_index[examples]] = False
+        changed._left_out = {**self._left_out, NOT_DRAWN: not_drawn}
         changed._set_table(self.tokenized)
         return changed
 
     def _set_table(self, tokenized: datasets.Dataset) -> None:
-        name, take = self.name, self._take
+        name = self.name
         self.tokenized = tokenized
         self.num_records = len(tokenized)
         reasons = np.asarray(tokenized.data.column("dropped").to_pylist(), dtype=object)
-        if take is not None:
-            reasons[(reasons == "") & ~take] = self._beyond
+        for reason, records in self._left_out.items():
+            reasons[(reasons == "") & records] = reason
         counts = Counter(reasons.tolist())
         self.num_merged = counts.pop(MERGED, 0)
         self.dropped = {reason: n for reason, n in sorted(counts.items()) if reason}

@@ -50,7 +50,7 @@ def random_subset(
     if not isinstance(whole, PrefixPreferenceDataset):
         raise ConfigError("dataset", f"builds a {type(whole).__name__}, which has no examples to choose from")
     if len(whole) <= examples:
-        log.info("%s: all of its %s examples are taken, %s were asked for", whole.name, len(whole), f"{examples:,}")
+        log.info("%s: all of its %s examples are taken (%s asked for)", whole.name, f"{len(whole):,}", f"{examples:,}")
         return whole
     subset = whole.subset(np.sort(np.random.default_rng(seed).permutation(len(whole))[:examples]))
     log.info("%r", subset)
