@@ -147,8 +147,8 @@ class PrefixDPOSweep:
         if self.cfg.seeds > 1 and any(axis.key == "seed" for axis in axes):
             raise ConfigError("seeds", "not used while seed is swept; remove one of the two")
         self.runs = [self.run_at(cfg, point, k) for point in grid(axes) for k in range(self.cfg.seeds)]
-        held_out = [OmegaConf.to_container(run.cfg, resolve=True)["dataset_val"] for run in self.runs]  # type: ignore[index,call-overload]
-        if any(node != held_out[0] for node in held_out):
+        plain: list[Any] = [OmegaConf.to_container(run.cfg, resolve=True) for run in self.runs]
+        if any(keys["dataset_val"] != plain[0]["dataset_val"] for keys in plain):
             log.warning("dataset_val is not the same in all runs, so what is measured on it does not compare; set it.")
 
     def run_at(self, cfg: DictConfig, point: Point, k: int) -> Run:
@@ -167,8 +167,11 @@ class PrefixDPOSweep:
         if cfg.reference.cache_dir is None:
             cfg.reference.cache_dir = str(self.output_dir / "reference_log_probs")
         if checked.examples is not None:
+            # What refers to the data set's arguments finds them a level below.
+            moved: Any = OmegaConf.create(OmegaConf.to_yaml(cfg).replace("${dataset.", "${dataset.dataset."))
             subset = "prefix_sharing.datasets.random_subset"
-            cfg.dataset = {"_component_": subset, "examples": checked.examples, "dataset": cfg.dataset}
+            moved.dataset = {"_component_": subset, "examples": checked.examples, "dataset": moved.dataset}
+            cfg = moved
         return Run(name, point, cfg)
 
     def run(self) -> None:
@@ -221,7 +224,7 @@ class PrefixDPOSweep:
         done = [(run, result["metrics"]) for run, result in results if result is not None]
         if not done:
             return
-        measures = self.measures(done[0][1])
+        measures = self.measures({name: value for _, metrics in done for name, value in metrics.items()})
         found = []
         for point in grid(self.axes):
             of_point = [(run, metrics) for run, metrics in done if run.point == point]
@@ -251,7 +254,7 @@ class PrefixDPOSweep:
         return self.output_dir / "sweep.png"
 
     def measures(self, metrics: dict[str, float]) -> list[str]:
-        """What the table shows: what was asked for, if a run has it, or what there is."""
+        """What the table shows: what was asked for, if some run has it, or what there is."""
         if self.cfg.measures is None:
             held_out = ["eval/rewards/accuracies", "eval/rewards/margins"]
             if held_out[0] not in metrics:

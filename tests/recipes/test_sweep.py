@@ -151,6 +151,15 @@ def test_held_out_pairs_that_change_with_the_run_are_warned_of(tmp_path, caplog)
     assert "dataset_val is not the same in all runs" in caplog.text
 
 
+def test_what_refers_to_the_data_set_still_does_with_a_subset_of_it(tmp_path):
+    cfg = OmegaConf.load(find_config("quickstart/single_device"))
+    references = {"seed": "${dataset.seed}", "num_pairs": "${dataset.num_pairs}"}
+    cfg.merge_with({"output_dir": str(tmp_path), "dataset_val": references, "examples": 5})
+    (run, _) = prefix_dpo_sweep.PrefixDPOSweep(cfg, [Axis("loss.beta", (0.1, 0.2))]).runs
+    found = OmegaConf.to_container(check_config(run.cfg, TrainingConfig), resolve=True)
+    assert found["dataset_val"] == {**found["dataset"]["dataset"], **{"num_pairs": 6400, "seed": 0}}
+
+
 def test_answers_of_each_run_are_judged(sweep, tmp_path):
     judge = {
         "judge._component_": "prefix_sharing.judging.function_judge",
