@@ -14,6 +14,7 @@ from prefix_dpo_benchmark import BenchmarkConfig
 from prefix_dpo_memory import MemoryConfig
 from prefix_dpo_online import OnlineConfig
 from prefix_dpo_stats import StatsConfig
+from prefix_dpo_sweep import SweepConfig
 from prefix_sharing.config import DistributedConfig, TrainingConfig
 from prefix_sharing.config.schema import COMPONENTS, ReferenceConfig, field_docs
 
@@ -81,6 +82,7 @@ def settings() -> str:
         section("`prefix_dpo_distributed` only", DistributedConfig, TrainingConfig),
         section("`prefix_dpo_stats`, in addition to those of training", StatsConfig, DistributedConfig),
         section("`prefix_dpo_memory`, in addition to those of training", MemoryConfig, DistributedConfig),
+        section("`prefix_dpo_sweep`, in addition to those of training", SweepConfig, TrainingConfig),
         section("`prefix_dpo_answers`, in addition to those of training", AnswersConfig, DistributedConfig),
         section("`prefix_dpo_online`, in addition to those of training", OnlineConfig, TrainingConfig),
         section("`prefix_dpo_benchmark`", BenchmarkConfig),

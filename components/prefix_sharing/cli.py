@@ -37,6 +37,7 @@ RECIPES = {
     "prefix_dpo_sample": False,
     "prefix_dpo_judge": False,
     "prefix_dpo_memory": False,
+    "prefix_dpo_sweep": False,
     "prefix_dpo_answers": False,
     "prefix_dpo_benchmark": False,
 }

@@ -1,7 +1,9 @@
 """Supervised fine-tuning is the same recipe with examples of one response."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,9 +14,21 @@ from torchtune.models.convert_weights import hf_to_tune
 from torchtune.models.llama3 import llama3
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
-from prefix_sharing.quickstart import tokenizer
+from documents import PAGES, runs_of
+from plain import plain_log_probs
+from prefix_sharing.quickstart import preference_pairs, tokenizer
 from prefix_sharing.quickstart.pairs import generate_pairs
-from runs import eval_log, losses, run_in_process, training_log
+from runs import (
+    SHORT,
+    as_overrides,
+    eval_log,
+    evaluated_log_probs,
+    load_plain_model,
+    losses,
+    run_in_process,
+    training_log,
+    tune_run,
+)
 
 DIMS = {"vocab_size": 2048, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 128, "max_seq_len": 512}
 EPOCHS = 6
@@ -105,3 +119,24 @@ def test_nll_follows_torchtunes_packed_fine_tuning(tmp_path, chats):
     assert after["eval/loss"] < ours[-1]
     assert not any(name.startswith("rewards/") for name in training_log(tmp_path)[0])
     assert not (tmp_path / "margins.parquet").exists()
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_the_chosen_answers_makes_a_reference(tmp_path):
+    fine_tuning, with_reference = runs_of("prefix_dpo_single_device", PAGES["supervised.md"])
+    short = as_overrides(SHORT | {"self_check": False})
+    for command, more in ((fine_tuning, []), (with_reference, ["output_dir=dpo"])):
+        done = tune_run(*command, *short, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert training_log(tmp_path / "sft")[0]["loss"] == pytest.approx(math.log(2048), rel=0.05)
+    assert len(losses(tmp_path / "dpo")) == 4
+    # The policy begins as it was, at a distance from its reference: log-probs by a plain model of the fine-tuned one.
+    before = evaluated_log_probs(tmp_path / "dpo", "before")
+    tuned = load_plain_model(tmp_path / "sft" / "epoch_0", tmp_path)
+    pairs = preference_pairs(tokenizer(max_seq_len=512), num_pairs=16, seed=1)
+    with torch.no_grad():
+        reference = np.array([plain_log_probs(tuned, pairs[i]).numpy() for i in range(len(pairs))])
+    ratios = before - reference
+    expected = np.log1p(np.exp(-0.1 * (ratios[:, 0] - ratios[:, 1]))).mean()
+    assert eval_log(tmp_path / "dpo")[0]["eval/loss"] == pytest.approx(expected, rel=1e-4)
+    assert abs(expected - math.log(2)) > 1e-4

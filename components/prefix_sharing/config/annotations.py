@@ -62,6 +62,21 @@ def fits(value: Any, annotation: Any) -> bool:
     return True
 
 
+def may_be_list(annotation: Any) -> bool:
+    """Whether an annotation names a list among what it asks for; ``Any`` names nothing.
+
+    Args:
+        annotation (Any): an argument's.
+
+    Returns:
+        bool: True if it does.
+    """
+    kind, parts = get_origin(annotation) or annotation, get_args(annotation)
+    if kind is Annotated:
+        return may_be_list(parts[0])
+    return kind in _LISTS or (kind in (Union, UnionType) and any(map(may_be_list, parts)))
+
+
 def in_words(annotation: Any) -> str:
     """What an annotation asks for, such as ``a number`` or ``a list of strings``.
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 from torchtune.training import metric_logging
 
-from prefix_sharing.config.annotations import fits, in_words
+from prefix_sharing.config.annotations import fits, in_words, may_be_list
 from prefix_sharing.config.files import did_you_mean
 from prefix_sharing.errors import ConfigError, UserError
 
@@ -112,6 +112,12 @@ def default_of(component: Callable[..., Any], argument: str) -> Any:
     """The default of a component's argument; None where it takes none such."""
     parameter = (_parameters(component) or {}).get(argument)
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+
+def takes_list(component: Callable[..., Any], argument: str) -> bool:
+    """Whether a component's argument is annotated as one that may be a list."""
+    parameter = (_parameters(component) or {}).get(argument)
+    return parameter is not None and may_be_list(parameter.annotation)
 
 
 @contextlib.contextmanager

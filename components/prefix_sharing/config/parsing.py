@@ -35,7 +35,7 @@ def parse(config_class: type) -> Callable[[Callable[[DictConfig], None]], Callab
         @functools.wraps(recipe_main)
         def main() -> None:
             with readable_errors():
-                recipe_main(check_config(_read_config(), config_class))
+                recipe_main(check_config(read_config(), config_class))
 
         main.config_class = config_class  # type: ignore[attr-defined]
         return main
@@ -43,8 +43,15 @@ def parse(config_class: type) -> Callable[[Callable[[DictConfig], None]], Callab
     return decorate
 
 
-def _read_config() -> DictConfig:
-    """The config named on the command line, with its overrides, by torchtune's own parser."""
+def read_config() -> DictConfig:
+    """The config named on the command line, with its overrides, by torchtune's own parser.
+
+    Returns:
+        DictConfig: as read, not checked.
+
+    Raises:
+        UserError: if there is none, or it cannot be read.
+    """
     if "--config" not in sys.argv[:-1]:
         raise UserError("No config given; use --config NAME_OR_PATH.")
     name_at = sys.argv.index("--config") + 1

@@ -8,6 +8,7 @@ from prefix_sharing.datasets.builders import (
 from prefix_sharing.datasets.dataset import PrefixPreferenceDataset
 from prefix_sharing.datasets.mixture import preference_mixture
 from prefix_sharing.datasets.steps import StepDataset, StepLoader, StepRows
+from prefix_sharing.datasets.subset import random_subset
 from prefix_sharing.datasets.tokenizing import PreferenceOptions
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "preference_dataset_from_records",
     "preference_mixture",
     "prefix_preference_dataset",
+    "random_subset",
 ]

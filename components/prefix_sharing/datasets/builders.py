@@ -21,6 +21,7 @@ from prefix_sharing.datasets.grouping import group_by_prompt as merge_by_prompt
 from prefix_sharing.datasets.ranking import PairStrategy
 from prefix_sharing.datasets.remarks import check_malformed, log_remarks
 from prefix_sharing.datasets.source import Records, Source, UnknownArgumentError, kind_of_files
+from prefix_sharing.datasets.splitting import split_at_turns
 from prefix_sharing.datasets.table import FEATURES
 from prefix_sharing.datasets.tokenizing import (
     MalformedRecordError,
@@ -63,6 +64,8 @@ def prefix_preference_dataset(
     rescale: Mapping[str, Any] | None = None,
     on_malformed: OnMalformed = "stop",
     max_malformed: float = 0.1,
+    max_masked: float | None = None,
+    empty_system_prob: float = 0.0,
     **load_dataset_kwargs: Any,
 ) -> PrefixPreferenceDataset:
     """Builds a preference data set from files or the hub, for a config.
@@ -99,12 +102,14 @@ def prefix_preference_dataset(
             still too long then is up to ``truncation``. Default: None, the prompt is not cut first.
         truncation (Truncation): what happens to an example that exceeds it: ``keep_start`` cuts each response at the
             end, ``keep_end`` cuts the same number of tokens from the start of all its responses, so that they still
-            answer the same prompt, ``drop`` drops the example. Nothing is written over a cut. Default: "keep_start".
+            answer the same prompt, ``drop`` drops the example, ``split_turns`` makes several of a conversation that
+            ``NLLLoss`` learns from, each beginning with the system turn, if any, and a user's turn, and cuts what is
+            still too long at the end. Nothing is written over a cut. Default: "keep_start".
         filter_fn (Callable[[dict], bool] | str | None): records for which it is false are dropped, and counted. A
             config names it by its dotted path.
         pairs (PairStrategy): which pairs a ranked list is compared by: ``best_vs_rest``, ``adjacent``, ``all`` or
             ``best_vs_worst``; tied responses are no pair. Each response is computed once whatever the number of its
-            pairs. Default: "best_vs_rest".
+            pairs. ``best_only`` keeps the best response alone, for ``NLLLoss``. Default: "best_vs_rest".
         group_by_prompt (bool): whether records with the same prompt are merged into one tree, in which prompt and
             repeated responses are computed once; every pair counts as it would apart. Default: False.
         deduplicate (Mapping[str, Any] | str | None): drops records that say what an earlier one says: ``exact``,
@@ -121,6 +126,10 @@ def prefix_preference_dataset(
         on_malformed (OnMalformed): what happens to a record that cannot be read: ``stop`` ends with an error that names
             file, record and key, ``drop`` drops it, counts it, and logs the first ones. Default: "stop".
         max_malformed (float): share of the records that may be dropped so; more are an error. Default: 0.1.
+        max_masked (float | None): examples of which a larger share of the tokens is not scored are dropped, and
+            counted. Default: None, none are.
+        empty_system_prob (float): probability that a conversation without a system turn gets an empty one. What is
+            drawn depends on the prompt alone. Default: 0.0.
         **load_dataset_kwargs (Any): ``data_files`` and whatever else ``datasets.load_dataset`` takes.
 
     Returns:
@@ -158,6 +167,8 @@ def prefix_preference_dataset(
         group_by_prompt=group_by_prompt,
         on_malformed=on_malformed,
         max_malformed=max_malformed,
+        max_masked=max_masked,
+        empty_system_prob=empty_system_prob,
     )
     choice = Choice.from_keys(deduplicate=deduplicate, select=select, scores=scores, rescale=rescale)
     try:
@@ -226,6 +237,10 @@ def _tokenize(
         tokenizer = copy.copy(tokenizer)
         tokenizer.max_seq_len = None
 
+    num_proc, name = processes_for(len(records.rows)), records.name
+    if options.truncation == "split_turns":
+        name += ", split at turns"
+        records = split_at_turns(records, TokenizeRecord(tokenizer, form, options, records.is_json), num_proc)
     rows = records.rows
     try:
         tokenized = rows.map(
@@ -233,7 +248,7 @@ def _tokenize(
             with_indices=True,
             remove_columns=rows.column_names,
             features=FEATURES,
-            num_proc=processes_for(len(rows)),
+            num_proc=num_proc,
             desc=f"Tokenizing {records.name}",
         )
     except MalformedRecordError as error:
@@ -245,7 +260,7 @@ def _tokenize(
     left_out[usable] = choice.left_out(Candidates([reader], usable, [records.name], records.describe), records.name)
     if options.group_by_prompt or form.by_prompt:
         tokenized = merge_by_prompt(tokenized, records.name, options.pairs, left_out)
-    dataset = PrefixPreferenceDataset(tokenized, records.name, left_out=left_out, reader=reader)
+    dataset = PrefixPreferenceDataset(tokenized, name, left_out=left_out, reader=reader)
     log.info("%r", dataset)
     log_remarks(dataset, records, choice.columns)
     return dataset

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
 from prefix_sharing.datasets.choosing import RecordReader
-from prefix_sharing.datasets.table import FEATURES, MERGED
+from prefix_sharing.datasets.table import FEATURES, MERGED, NOT_DRAWN
 from prefix_sharing.errors import UserError
 from prefix_sharing.trees import Response, TreeSize, TreeSizes
 
@@ -76,6 +76,21 @@ class PrefixPreferenceDataset(Dataset):
         """
         changed = copy.copy(self)
         changed._set_table(tokenized)
+        return changed
+
+    def subset(self, examples: np.ndarray) -> "PrefixPreferenceDataset":
+        """Some of the examples.
+
+        Args:
+            examples (np.ndarray): indices of those to take.
+
+        Returns:
+            PrefixPreferenceDataset: another data set; the others count as dropped.
+        """
+        changed = copy.copy(self)
+        changed._left_out = np.where(self.reasons == "", NOT_DRAWN, self.reasons)
+        changed._left_out[self.record_index[examples]] = ""
+        changed._set_table(self.tokenized)
         return changed
 
     def _set_table(self, tokenized: datasets.Dataset) -> None:

@@ -110,6 +110,8 @@ def compare(examples: Sequence[dict[str, Any]], strategy: PairStrategy) -> dict[
         dict[str, Any]: a line of the table.
     """
     examples = sorted(examples, key=lambda example: -example["scores"][0])
+    if strategy == "best_only":
+        return examples[0] | {"scores": []}
     tokens = [example["tokens"][0] for example in examples]
     pairs = pairs_with_a_preference(tokens, [example["scores"][0] for example in examples], strategy)
     if not pairs:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Literal
 
-PairStrategy = Literal["best_vs_rest", "adjacent", "all", "best_vs_worst"]
+PairStrategy = Literal["best_vs_rest", "adjacent", "all", "best_vs_worst", "best_only"]
 
 
 def pairs_of_ranking(num_responses: int, strategy: PairStrategy) -> list[tuple[int, int]]:
@@ -14,7 +14,7 @@ def pairs_of_ranking(num_responses: int, strategy: PairStrategy) -> list[tuple[i
         num_responses (int): K, ranked best first.
         strategy (PairStrategy): ``best_vs_rest`` compares the first with each other one, ``adjacent`` each with the
             next, ``all`` each with every later one, ``best_vs_worst`` the first with the last. For K = 2 they are the
-            same.
+            same. ``best_only`` compares none.
 
     Returns:
         list[tuple[int, int]]: indices into the ranking; none for K = 1.
@@ -26,7 +26,7 @@ def pairs_of_ranking(num_responses: int, strategy: PairStrategy) -> list[tuple[i
         return list(itertools.pairwise(ranks))
     if strategy == "all":
         return [(better, worse) for better in ranks for worse in ranks[better + 1 :]]
-    return [(0, num_responses - 1)] if num_responses > 1 else []
+    return [(0, num_responses - 1)] if num_responses > 1 and strategy == "best_vs_worst" else []
 
 
 def pairs_with_a_preference(

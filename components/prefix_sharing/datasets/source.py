@@ -348,6 +348,11 @@ def _check_lines(file: str, field: str | None) -> None:
         raise UserError(f"{file}, line {number}: it is longer than {limit / 1e6:,.0f} MB; {what_to_do}.")
 
 
+def json_records(lines: datasets.Dataset) -> datasets.Dataset:
+    """Rows for ``Records`` from a data set whose only column holds a record of JSON in each row."""
+    return lines.rename_column(lines.column_names[0], _VALUE)
+
+
 def _not_blank(rows: datasets.Dataset) -> np.ndarray:
     """Indices of the rows with something in them."""
     if not _is_json(rows):

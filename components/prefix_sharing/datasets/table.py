@@ -18,6 +18,9 @@ MALFORMED = "malformed"
 BEYOND_ITS_SHARE = "beyond its share of the mixture"
 """In ``dropped`` where a record of a data set in a mixture is not used that would be used by itself."""
 
+NOT_DRAWN = "not drawn for the subset"
+"""In ``dropped`` where an example is not one of those that a subset takes."""
+
 FEATURES = datasets.Features(
     {
         "tokens": datasets.Sequence(datasets.Sequence(datasets.Value("int32"))),

@@ -19,11 +19,13 @@ from prefix_sharing.tokenizers import ChatTokenizer, TokenizedChat, Turn, tokeni
 from prefix_sharing.trees import common_prefix_length
 
 MaskingStrategy = Literal["train_on_assistant", "train_on_last", "train_on_all"]
-Truncation = Literal["keep_start", "keep_end", "drop"]
+Truncation = Literal["keep_start", "keep_end", "drop", "split_turns"]
 OnMalformed = Literal["stop", "drop"]
 
 _RECORDS_PER_PROCESS = 1000
 """Below this, starting a process takes longer than its share of the work."""
+
+EMPTY_SYSTEM_TURN: Turn = {"role": "system", "content": ""}
 
 _Sequence = tuple[list[int], list[bool]]
 """Token ids, and which of them are scored."""
@@ -50,6 +52,8 @@ class PreferenceOptions:
     group_by_prompt: bool = False
     on_malformed: OnMalformed = "stop"
     max_malformed: float = 0.1
+    max_masked: float | None = None
+    empty_system_prob: float = 0.0
 
     def __post_init__(self) -> None:
         for key, choices in (
@@ -68,6 +72,12 @@ class PreferenceOptions:
                 raise ConfigError("max_prompt_length", problem)
         if not 0 <= self.max_malformed <= 1:
             raise ConfigError("max_malformed", f"must be a share from 0 to 1, not {self.max_malformed}")
+        if self.max_masked is not None and not 0 < self.max_masked <= 1:
+            raise ConfigError("max_masked", f"must be a share above 0, at most 1, not {self.max_masked}")
+        if not 0 <= self.empty_system_prob <= 1:
+            raise ConfigError("empty_system_prob", f"must be a probability from 0 to 1, not {self.empty_system_prob}")
+        if self.empty_system_prob > 0 and self.new_system_prompt is not None:
+            raise ConfigError("empty_system_prob", "not used with new_system_prompt, which every conversation gets")
 
 
 class MalformedRecordError(Exception):
@@ -121,12 +131,19 @@ class TokenizeRecord:
                 raise MalformedRecordError(index, problem) from error
             return dropped_example(MALFORMED, problem=problem)
 
+    def values_of(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row's record as forms read it; raises ValueError if there is none."""
+        return prepare_record(to_record(row, self.is_json), self.options.record_fn)
+
     def _line_of(self, row: dict[str, Any]) -> dict[str, Any]:
-        values = prepare_record(to_record(row, self.is_json), self.options.record_fn)
+        values = self.values_of(row)
         if self.options.filter_fn is not None and not _call("filter_fn", self.options.filter_fn, values):
             return dropped_example("filtered out")
         record = Record(values, self.options.column_map)
         comparison = self.form.read(record)
+        if self.options.pairs == "best_only" and len(comparison.conversations) > 1:
+            comparison = comparison.best()
+        self._add_empty_system(comparison)
         last_turns = [turns[-1] for turns in comparison.conversations]
         if any(
             not turn.get("content", "")[len(given) :].strip() and "tool_calls" not in turn
@@ -134,7 +151,7 @@ class TokenizeRecord:
         ):
             return dropped_example("empty response")
         chats = [
-            self._tokenize(turns, given, comparison, self.options.masking_strategy)
+            self.chat_of(turns, given, comparison, self.options.masking_strategy)
             for turns, given in zip(comparison.conversations, comparison.given, strict=True)
         ]
         unused = [f"column {name}" for name in record.unused()]
@@ -142,9 +159,30 @@ class TokenizeRecord:
         unused += [f"message key {name}" for name in dict.fromkeys(key for chat in chats for key in chat.unused)]
         return self._example_of(comparison, chats, [_printable(name) for name in unused])
 
-    def _tokenize(
+    def _add_empty_system(self, comparison: Comparison) -> None:
+        """Puts an empty system turn before the conversations of some prompts that have none."""
+        prompt = comparison.conversations[0][:-1]
+        if any(turns[0]["role"] == "system" for turns in comparison.conversations):
+            return
+        # By the prompt, so that it is the same in every run, place of the data set and answer.
+        drawn = int(fingerprint(["empty system turn", prompt])[:8], 16) / 16**8
+        if drawn < self.options.empty_system_prob:
+            comparison.conversations = [[EMPTY_SYSTEM_TURN, *turns] for turns in comparison.conversations]
+
+    def chat_of(
         self, turns: list[Turn], given: str, comparison: Comparison, strategy: MaskingStrategy
     ) -> TokenizedChat:
+        """The tokens of a conversation, nothing cut; raises UserError or ValueError if there are none.
+
+        Args:
+            turns (list[Turn]): the conversation.
+            given (str): the beginning of its last turn that is not scored.
+            comparison (Comparison): whose it is, for its tools.
+            strategy (MaskingStrategy): which of them are scored.
+
+        Returns:
+            TokenizedChat: its tokens.
+        """
         if sum(len(turn.get("content", "")) for turn in turns) > MAX_TEXT:
             raise ValueError(f"it has more than {MAX_TEXT:,} characters")
         if strategy == "train_on_assistant":
@@ -158,7 +196,12 @@ class TokenizeRecord:
             scored = [False, *(flag for _, flag in others)]
 
         def tokenize(turns: list[Turn], scored: list[bool]) -> TokenizedChat:
-            return tokenize_turns(self.tokenizer, turns, scored, comparison.tools, comparison.template_kwargs)
+            try:
+                return tokenize_turns(self.tokenizer, turns, scored, comparison.tools, comparison.template_kwargs)
+            except UserError as error:
+                if turns[0] is not EMPTY_SYSTEM_TURN:
+                    raise
+                raise UserError(f"{str(error).rstrip('.')}; the system turn comes from empty_system_prob.") from error
 
         chat = tokenize(turns, scored)
         if not given:
@@ -177,7 +220,7 @@ class TokenizeRecord:
         if limit is None or most is None or longest <= limit:
             return 0
         prompts = [
-            int(np.argmax(self._tokenize(turns, given, comparison, "train_on_last").scored))
+            int(np.argmax(self.chat_of(turns, given, comparison, "train_on_last").scored))
             for turns, given in zip(comparison.conversations, comparison.given, strict=True)
         ]
         return max(0, max(prompts) - most)
@@ -211,6 +254,9 @@ class TokenizeRecord:
             return dropped_example("nothing scored", remarks)
         if any(not any(scored[1:]) for _, scored in responses):
             return dropped_example("nothing scored up to max_seq_len", remarks)
+        flags = [is_scored for _, scored in responses for is_scored in scored]
+        if self.options.max_masked is not None and flags.count(False) > self.options.max_masked * len(flags):
+            return dropped_example("more masked than max_masked", remarks)
         tokens = [ids for ids, _ in responses]
         pairs = pairs_with_a_preference(tokens, comparison.scores, self.options.pairs)
         if len(tokens) > 1 and not pairs:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import datasets
 
-from prefix_sharing.datasets import PrefixPreferenceDataset, preference_dataset_from_records
+from prefix_sharing.datasets import PreferenceOptions, PrefixPreferenceDataset, preference_dataset_from_records
+from prefix_sharing.datasets.ranking import PairStrategy
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.tokenizers import ChatTokenizer
 
@@ -60,13 +61,16 @@ def generate_pairs(num_pairs: int, seed: int) -> Iterator[dict[str, str]]:
         }
 
 
-def preference_pairs(tokenizer: ChatTokenizer, *, num_pairs: int, seed: int = 0) -> PrefixPreferenceDataset:
+def preference_pairs(
+    tokenizer: ChatTokenizer, *, num_pairs: int, seed: int = 0, pairs: PairStrategy = "best_vs_rest"
+) -> PrefixPreferenceDataset:
     """Builds a data set of generated pairs, for a config.
 
     Args:
         tokenizer (ChatTokenizer): one of torchtune's, or ``prefix_sharing.tokenizers.hf_chat_tokenizer``.
         num_pairs (int): how many pairs.
         seed (int): another seed gives other pairs, so a second one gives a held-out split. Default: 0.
+        pairs (PairStrategy): ``best_only`` leaves the chosen answers, for ``NLLLoss``. Default: "best_vs_rest".
 
     Returns:
         PrefixPreferenceDataset: the tokenized pairs.
@@ -77,9 +81,10 @@ def preference_pairs(tokenizer: ChatTokenizer, *, num_pairs: int, seed: int = 0)
     if not 1 <= num_pairs <= _MAX_PAIRS:
         raise ConfigError("num_pairs", f"must be from 1 to {_MAX_PAIRS:,}, but is {num_pairs:,}")
     # By way of a generator, so that datasets writes them to its cache, under a fingerprint of the pairs themselves.
-    pairs = list(generate_pairs(num_pairs, seed))
-    records = datasets.Dataset.from_generator(_each, gen_kwargs={"pairs": pairs})
-    return preference_dataset_from_records(records, tokenizer, name=f"generated pairs (seed {seed})")
+    made = list(generate_pairs(num_pairs, seed))
+    records = datasets.Dataset.from_generator(_each, gen_kwargs={"pairs": made})
+    options = PreferenceOptions(pairs=pairs)
+    return preference_dataset_from_records(records, tokenizer, options, name=f"generated pairs (seed {seed})")
 
 
 def _each(pairs: list[dict[str, str]]) -> Iterator[dict[str, str]]:

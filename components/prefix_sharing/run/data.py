@@ -93,8 +93,8 @@ def build_dataset(key: str, cfg: DictConfig, tokenizer: Any, model: TreeModel, l
         )
         raise ConfigError(key, problem)
     if loss.mean_over == "tokens" and dataset.num_pairs.max() > 0:
-        problem = f"{name} is for examples of one response; {key}.column_map: {{messages: chosen}} trains on the chosen"
-        raise ConfigError(key, f"{problem} ones")
+        problem = f"{name} is for examples of one response; {key}.pairs: best_only trains on the chosen ones"
+        raise ConfigError(key, problem)
     if loss.mean_over == "tokens" and dataset.num_labels.max() > 0:
         problem = f"{name} would learn undesirable answers as well; leave them out with filter_fn, and the labels with"
         raise ConfigError(key, f"{problem} column_map: {{label: null}}")

@@ -1,7 +1,7 @@
 """What any form is read into: the conversations of one prompt, best first."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefix_sharing.datasets.forms.messages import (
@@ -40,6 +40,11 @@ class Comparison:
     tools: list | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
+
+    def best(self) -> "Comparison":
+        """The best answer alone; of equal ones the first."""
+        first = {name: getattr(self, name)[:1] for name in ("conversations", "raw", "given")}
+        return replace(self, **first, scores=None)
 
 
 def compare(
