@@ -11,6 +11,7 @@ from omegaconf import MISSING
 
 from prefix_dpo_answers import AnswersConfig
 from prefix_dpo_benchmark import BenchmarkConfig
+from prefix_dpo_harness_task import HarnessTaskConfig
 from prefix_dpo_memory import MemoryConfig
 from prefix_dpo_online import OnlineConfig
 from prefix_dpo_stats import StatsConfig
@@ -82,6 +83,7 @@ def settings() -> str:
         section("`prefix_dpo_stats`, in addition to those of training", StatsConfig, DistributedConfig),
         section("`prefix_dpo_memory`, in addition to those of training", MemoryConfig, DistributedConfig),
         section("`prefix_dpo_answers`, in addition to those of training", AnswersConfig, DistributedConfig),
+        section("`prefix_dpo_harness_task`, in addition to those of training", HarnessTaskConfig, DistributedConfig),
         section("`prefix_dpo_online`, in addition to those of training", OnlineConfig, TrainingConfig),
         section("`prefix_dpo_benchmark`", BenchmarkConfig),
     )

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from prefix_sharing.config import DistributedConfig, at_least, instantiate, parse
+from prefix_sharing.datasets.answers import header_length, split_at_answer
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.fingerprint import fingerprint
 from prefix_sharing.hosts import build_answer_model, load_checkpoint, load_trained_checkpoint
@@ -25,8 +26,7 @@ from prefix_sharing.run.data import build_dataset
 from prefix_sharing.run.optimization import choose_seed
 from prefix_sharing.run.setup import compute_dtype
 from prefix_sharing.sampling import SamplingOptions, sample_answers
-from prefix_sharing.tokenizers import ChatTokenizer, decode_all, tokenize_turns
-from prefix_sharing.trees import Response, common_prefix_length
+from prefix_sharing.tokenizers import decode_all
 
 log = logging.getLogger("prefix_sharing.recipe")
 
@@ -113,39 +113,6 @@ class PrefixDPOAnswers:
                 f"{self.model.max_seq_len:,}"
             )
             raise ConfigError("max_new_tokens", problem)
-
-
-def header_length(tokenizer: ChatTokenizer) -> int:
-    """How many tokens that open an answer are scored with it: torchtune's own tokenizers score the turn's header.
-
-    Args:
-        tokenizer (ChatTokenizer): torchtune's or ours.
-
-    Returns:
-        int: the number.
-    """
-    found = []
-    for answer in ("a", "b"):
-        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
-        chat = tokenize_turns(tokenizer, turns, [False, True])
-        found.append(np.array(chat.tokens)[np.array(chat.scored)])
-    return common_prefix_length(found)
-
-
-def split_at_answer(response: Response, header: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Parts a response sequence into prompt and answer.
-
-    Args:
-        response (Response): the sequence; its answer is the last run of tokens that are scored.
-        header (int): scored tokens that belong to the prompt. Default: 0.
-
-    Returns:
-        tuple[np.ndarray, np.ndarray]: token ids of each.
-    """
-    scored = np.flatnonzero(response.scored)
-    breaks = np.flatnonzero(np.diff(scored) > 1)
-    start, end = scored[breaks[-1] + 1 if len(breaks) else 0] + header, scored[-1] + 1
-    return response.tokens[:start], response.tokens[start:end]
 
 
 @parse(AnswersConfig)

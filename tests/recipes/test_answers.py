@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from plain import response
-from prefix_dpo_answers import AnswersConfig, PrefixDPOAnswers, header_length, split_at_answer
+from prefix_dpo_answers import AnswersConfig, PrefixDPOAnswers
+from prefix_sharing.datasets.answers import header_length, split_at_answer
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.hosts import build_answer_model
 from prefix_sharing.quickstart import tokenizer
