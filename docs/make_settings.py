@@ -37,7 +37,7 @@ def values_of(field: Field, hint: Any) -> str:
     for option in options:
         if get_origin(option) is Literal:
             named += [f"`{choice}`" for choice in get_args(option)]
-        elif field.name in COMPONENTS:
+        elif field.name in COMPONENTS and option is Any:
             named.append("component")
         elif option is not ReferenceConfig:
             named.append(str(option) if get_origin(option) else option.__name__)
