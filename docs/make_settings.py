@@ -12,8 +12,9 @@ from omegaconf import MISSING
 from prefix_dpo_answers import AnswersConfig
 from prefix_dpo_benchmark import BenchmarkConfig
 from prefix_dpo_harness_task import HarnessTaskConfig
+from prefix_dpo_judge import JudgeConfig
 from prefix_dpo_memory import MemoryConfig
-from prefix_dpo_online import OnlineConfig
+from prefix_dpo_online import OnlineConfig, RoundConfig
 from prefix_dpo_stats import StatsConfig
 from prefix_sharing.config import DistributedConfig, TrainingConfig
 from prefix_sharing.config.schema import COMPONENTS, ReferenceConfig, field_docs
@@ -85,6 +86,10 @@ def settings() -> str:
         section("`prefix_dpo_answers`, in addition to those of training", AnswersConfig, DistributedConfig),
         section("`prefix_dpo_harness_task`, in addition to those of training", HarnessTaskConfig, DistributedConfig),
         section("`prefix_dpo_online`, in addition to those of training", OnlineConfig, TrainingConfig),
+        section(
+            "`prefix_dpo_sample` and `prefix_dpo_judge`, in addition to those of online", RoundConfig, OnlineConfig
+        ),
+        section("`prefix_dpo_judge` only", JudgeConfig, RoundConfig),
         section("`prefix_dpo_benchmark`", BenchmarkConfig),
     )
     return "\n\n".join(sections) + "\n"
