@@ -27,10 +27,15 @@ class HarnessTaskConfig(DistributedConfig):
     """Name of the task, for ``--tasks`` of lm-eval."""
 
 
-@parse(HarnessTaskConfig)
-def recipe_main(cfg: DictConfig) -> None:
-    """Writes the task of a config, with ``key=value`` overrides."""
-    set_up_logging()
+def write_task(cfg: DictConfig) -> None:
+    """Writes the task of a config.
+
+    Args:
+        cfg (DictConfig): the keys of ``HarnessTaskConfig``.
+
+    Raises:
+        ConfigError: if there is no held-out data, or the task's name would be no name.
+    """
     if cfg.dataset_val is None:
         raise ConfigError("dataset_val", "required: its pairs are the task's questions")
     if not cfg.task.replace("_", "").isalnum():
@@ -38,6 +43,13 @@ def recipe_main(cfg: DictConfig) -> None:
     tokenizer, model = instantiate("tokenizer", cfg.tokenizer), build_model(cfg, torch.device("cpu"))
     dataset = build_dataset("dataset_val", cfg, tokenizer, model, build_loss(cfg))
     write_harness_task(dataset, tokenizer, cfg.task, Path(cfg.output_dir) / "harness")
+
+
+@parse(HarnessTaskConfig)
+def recipe_main(cfg: DictConfig) -> None:
+    """Writes the task of a config, with ``key=value`` overrides."""
+    set_up_logging()
+    write_task(cfg)
 
 
 if __name__ == "__main__":
