@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from documents import PAGES, runs, table
 from prefix_dpo_judge import JudgeConfig, compare_files
 from prefix_sharing.config import check_config, find_config
 from prefix_sharing.errors import ConfigError, UserError
@@ -110,15 +111,22 @@ def test_a_longer_answer_that_wins_by_that_alone_does_not_at_equal_length(tmp_pa
     assert abs(found["length_controlled_win_rate"] - 0.5) < abs(found["win_rate"] - 0.5) / 2
 
 
-def test_the_recipe_compares_each_file_with_the_first(tmp_path, capsys):
-    files = [str(alpaca_file(tmp_path / f"{seed}.json", random_answers(seed))) for seed in range(3)]
-    cfg = OmegaConf.load(find_config("quickstart/online"))
-    cfg.merge_with({"output_dir": str(tmp_path), "answers": files})
+def test_the_documented_command_compares_each_file_with_the_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (recipe, option, config, override), *others = runs(PAGES["evaluation.md"].split("## Compare models")[1])
+    assert (recipe, option, others) == ("prefix_dpo_judge", "--config", [])
+    cfg = OmegaConf.merge(OmegaConf.load(find_config(config)), OmegaConf.from_dotlist([override]))
+    cfg.output_dir = str(tmp_path)
+    for seed, file in enumerate(cfg.answers):
+        alpaca_file(tmp_path / file, random_answers(seed))
     compare_files(check_config(cfg, JudgeConfig))
     comparisons = json.loads((tmp_path / "comparison.json").read_text())
-    assert [(found["model"], found["other"]) for found in comparisons] == [("1", "0"), ("2", "0")]
-    assert len(capsys.readouterr().out.splitlines()) == 3
-    cfg.answers = files[:1]
+    assert [(found["model"], found["other"]) for found in comparisons] == [("sft", "base"), ("dpo", "base")]
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    columns = [name for cells in table(PAGES["evaluation.md"], "column") for name in cells[0].strip("`").split("`, `")]
+    assert title.removeprefix("over base").split() == " ".join(columns).split()
+    cfg.answers = cfg.answers[:1]
     with pytest.raises(ConfigError, match="'answers': has 1 file"):
         compare_files(check_config(cfg, JudgeConfig))
 

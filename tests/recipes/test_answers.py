@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from documents import PAGES, runs
 from plain import response
 from prefix_dpo_answers import AnswersConfig, PrefixDPOAnswers
 from prefix_sharing.datasets.answers import header_length, split_at_answer
@@ -148,6 +149,9 @@ def test_the_second_turn_of_mt_bench_is_asked_after_the_answer_to_the_first(trai
 
 def test_answers_for_alpaca_eval_and_arena_hard(trained):
     directory, _ = trained
+    (command,) = [run for run in runs(PAGES["evaluation.md"]) if "prefix_dpo_answers" in run]
+    assert [override.split("=")[0] for override in command[3:]] == ["format", "prompts", "max_new_tokens"]
+    assert command[3] == "format=alpaca_eval"
     one = answer_file(directory, "alpaca_eval", [{"dataset": "koala", "instruction": "What?", "output": "gold"}])
     name = directory.name
     assert [set(record) for record in one[name]] == [{"dataset", "instruction", "output", "generator"}]

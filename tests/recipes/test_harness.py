@@ -52,7 +52,8 @@ def score(model, include, tasks):
         model="hf",
         model_args={"pretrained": str(model), "device": "cpu"},
         tasks=[tasks],
-        task_manager=TaskManager(include_path=str(include)),
+        task_manager=TaskManager(include_path=str(include), include_defaults=False),  # which take seconds to index
+        bootstrap_iters=0,
     )
     samples = sorted(found["samples"][tasks], key=lambda sample: sample["doc_id"])
     return found["results"][tasks], [[float(choice[0]) for choice in sample["filtered_resps"]] for sample in samples]
