@@ -111,8 +111,10 @@ def read_json_records(file: Path) -> list[dict[str, Any]]:
     """
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}.") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no text in UTF-8: {error}.") from error
     lines = [line for line in text.split("\n") if line.strip()]  # not at other line breaks, which JSON may hold
     try:
         records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]

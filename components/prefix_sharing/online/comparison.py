@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
 from prefix_sharing.errors import UserError
@@ -47,7 +48,10 @@ def read_model_answers(file: Path) -> ModelAnswers:
     if not file.is_file():
         raise UserError(f"{file} not found; prefix_dpo_answers and prefix_dpo_online write answers.")
     if file.suffix == ".parquet":
-        rows = [(json.loads(row["turns"]), row["texts"], None) for row in read_rows(file)]
+        try:
+            rows = [(json.loads(row["turns"]), row["texts"], None) for row in read_rows(file)]
+        except (KeyError, pa.ArrowInvalid) as error:
+            raise UserError(f"{file} is no table of answers; give answers.parquet of a round.") from error
         found = ModelAnswers("/".join(file.resolve().parts[-3:-1]), {}, {})
     else:
         records = read_json_records(file)
@@ -55,6 +59,8 @@ def read_model_answers(file: Path) -> ModelAnswers:
             for key in ("instruction", "output"):
                 if not isinstance(record.get(key), str):
                     raise UserError(f"{file}, record {i}: '{key}' is missing or is no text; give AlpacaEval's format.")
+            if not isinstance(record.get("instruction_difficulty", 0.0), int | float):
+                raise UserError(f"{file}, record {i}: 'instruction_difficulty' is no number.")
         rows = [
             ([{"role": "user", "content": r["instruction"]}], [r["output"]], r.get("instruction_difficulty"))
             for r in records
