@@ -11,8 +11,10 @@ from omegaconf import MISSING
 
 from prefix_dpo_answers import AnswersConfig
 from prefix_dpo_benchmark import BenchmarkConfig
+from prefix_dpo_harness_task import HarnessTaskConfig
+from prefix_dpo_judge import JudgeConfig
 from prefix_dpo_memory import MemoryConfig
-from prefix_dpo_online import OnlineConfig
+from prefix_dpo_online import OnlineConfig, RoundConfig
 from prefix_dpo_stats import StatsConfig
 from prefix_dpo_sweep import SweepConfig
 from prefix_sharing.config import DistributedConfig, TrainingConfig
@@ -37,7 +39,7 @@ def values_of(field: Field, hint: Any) -> str:
     for option in options:
         if get_origin(option) is Literal:
             named += [f"`{choice}`" for choice in get_args(option)]
-        elif field.name in COMPONENTS:
+        elif field.name in COMPONENTS and option is Any:
             named.append("component")
         elif option is not ReferenceConfig:
             named.append(str(option) if get_origin(option) else option.__name__)
@@ -84,7 +86,12 @@ def settings() -> str:
         section("`prefix_dpo_memory`, in addition to those of training", MemoryConfig, DistributedConfig),
         section("`prefix_dpo_sweep`, in addition to those of training", SweepConfig, TrainingConfig),
         section("`prefix_dpo_answers`, in addition to those of training", AnswersConfig, DistributedConfig),
+        section("`prefix_dpo_harness_task`, in addition to those of training", HarnessTaskConfig, DistributedConfig),
         section("`prefix_dpo_online`, in addition to those of training", OnlineConfig, TrainingConfig),
+        section(
+            "`prefix_dpo_sample` and `prefix_dpo_judge`, in addition to those of online", RoundConfig, OnlineConfig
+        ),
+        section("`prefix_dpo_judge` only", JudgeConfig, RoundConfig),
         section("`prefix_dpo_benchmark`", BenchmarkConfig),
     )
     return "\n\n".join(sections) + "\n"

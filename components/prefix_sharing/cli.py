@@ -39,6 +39,7 @@ RECIPES = {
     "prefix_dpo_memory": False,
     "prefix_dpo_sweep": False,
     "prefix_dpo_answers": False,
+    "prefix_dpo_harness_task": False,
     "prefix_dpo_benchmark": False,
 }
 """This package's recipes, and whether they run on several processes."""

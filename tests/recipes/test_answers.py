@@ -1,15 +1,19 @@
-"""Answers drawn from a model before and after training, by torchtune's own generation."""
+"""Answers drawn from a model before and after training, for people and for judges of others."""
 
+import json
 import re
 
 import numpy as np
 import pytest
 import torch
 
+from documents import PAGES, runs
 from plain import response
-from prefix_dpo_answers import AnswersConfig, PrefixDPOAnswers, header_length, split_at_answer
+from prefix_dpo_answers import AnswersConfig, PrefixDPOAnswers
+from prefix_sharing.datasets.answers import header_length, split_at_answer
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.hosts import build_answer_model
+from prefix_sharing.online.prompts import tokens_before_answer
 from prefix_sharing.quickstart import tokenizer
 from runs import lora, make_config, make_recipe, run_in_process, tune_run
 
@@ -89,6 +93,83 @@ def test_a_run_that_is_not_done_is_refused(tmp_path):
         answers_of(tmp_path)
     with pytest.raises(ConfigError, match="'dataset_val': required: its prompts are the ones that are answered"):
         answers_of(tmp_path, dataset_val=None)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("trained")
+    return directory, run_in_process(directory, dataset_val=None)
+
+
+def answer_file(directory, answer_format, records, **overrides):
+    """What the recipe writes for the judge of a benchmark: answers before and after training."""
+    prompts = directory / "prompts.jsonl"
+    prompts.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    keys = {"format": answer_format, "prompts": str(prompts), "max_new_tokens": 8, "dataset_val": None, **overrides}
+    make_recipe(directory, PrefixDPOAnswers, config_class=AnswersConfig, **keys).run()
+    files = sorted((directory / "answers" / answer_format).iterdir())
+    lines = [file.read_text() if file.suffix == ".json" else file.read_text().splitlines() for file in files]
+    return {
+        file.stem: json.loads(text) if isinstance(text, str) else [json.loads(line) for line in text]
+        for file, text in zip(files, lines, strict=True)
+    }
+
+
+def likeliest_answer(model, turns):
+    """By torchtune's own model, one token after the other without a cache."""
+    tokens = list(tokens_before_answer([{"role": role, "content": text} for role, text in turns], tokenizer()))
+    start = len(tokens)
+    for _ in range(8):
+        with torch.no_grad():
+            tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
+        if tokens[-1] in tokenizer().stop_tokens:
+            break
+    return tokenizer().decode(tokens[start:]).strip()
+
+
+def test_the_second_turn_of_mt_bench_is_asked_after_the_answer_to_the_first(trained):
+    directory, run = trained
+    records = [
+        {"question_id": 81, "category": "writing", "turns": ["What did we find?", "And what then?"]},
+        {"question_id": 7, "category": "math", "turns": ["What did we lose first, and when?"]},
+        {"question_id": 9, "category": "math", "turns": ["What?", "Why?"]},
+    ]
+    written = answer_file(directory, "mt_bench", records, num_prompts=2, model_name="org/small")
+    assert set(written) == {"org_small", "org_small_before"}
+    assert [record["question_id"] for record in written["org_small"]] == [81, 7]
+    assert {record["model_id"] for record in written["org_small_before"]} == {"org/small_before"}
+    plain = build_answer_model(make_config(directory).model, torch.device("cpu"), torch.float32).model
+    plain.load_state_dict(run.model.state_dict())
+    first, second = written["org_small"][0]["choices"][0]["turns"]
+    asked = [("user", "What did we find?")]
+    assert first == likeliest_answer(plain, asked)
+    assert second == likeliest_answer(plain, [*asked, ("assistant", first), ("user", "And what then?")])
+    assert written["org_small_before"][0]["choices"] != written["org_small"][0]["choices"]
+
+
+def test_answers_for_alpaca_eval_and_arena_hard(trained):
+    directory, _ = trained
+    (command,) = [run for run in runs(PAGES["evaluation.md"]) if "prefix_dpo_answers" in run]
+    assert [override.split("=")[0] for override in command[3:]] == ["format", "prompts", "max_new_tokens"]
+    assert command[3] == "format=alpaca_eval"
+    one = answer_file(directory, "alpaca_eval", [{"dataset": "koala", "instruction": "What?", "output": "gold"}])
+    name = directory.name
+    assert [set(record) for record in one[name]] == [{"dataset", "instruction", "output", "generator"}]
+    assert one[name][0]["generator"] == name
+    assert one[name][0]["output"] != "gold"
+    two = answer_file(directory, "arena_hard", [{"uid": "0f", "category": "hard_prompt", "prompt": "What?"}])
+    assert two[name][0]["messages"][-1]["content"] == {"answer": one[name][0]["output"]}
+
+
+def test_what_cannot_be_answered_is_refused_before_anything_is(trained):
+    directory, _ = trained
+    two_turns = [{"question_id": 1, "turns": ["What?", "Why?"]}]
+    with pytest.raises(ConfigError, match="'max_new_tokens': 250 after the longest conversation make 5"):
+        answer_file(directory, "mt_bench", two_turns, max_new_tokens=250)
+    with pytest.raises(ConfigError, match="'prompts': required with format: mt_bench"):
+        answer_file(directory, "mt_bench", two_turns, prompts=None)
+    with pytest.raises(ConfigError, match="'prompts': not used with format: markdown"):
+        answer_file(directory, "markdown", two_turns, dataset_val=make_config(directory).dataset)
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
 from directories import EXPERTS, keys_for, make_directory  # noqa: E402
-from prefix_dpo_answers import AnswersConfig, PrefixDPOAnswers, split_at_answer  # noqa: E402
+from prefix_dpo_answers import AnswersConfig, PrefixDPOAnswers  # noqa: E402
 from prefix_sharing.config import DistributedConfig, find_config  # noqa: E402
+from prefix_sharing.datasets.answers import split_at_answer  # noqa: E402
 from prefix_sharing.errors import UserError  # noqa: E402
 from prefix_sharing.hosts.transformers import causal_lm  # noqa: E402
 from runs import (  # noqa: E402

@@ -60,8 +60,9 @@ def check_config(cfg: DictConfig, config_class: type) -> DictConfig:
     check_numbers("", plain)
     if is_training:
         _check_training(cfg, given)
+    hints = get_type_hints(config_class)
     for key in COMPONENTS:
-        if cfg.get(key) is not None:
+        if cfg.get(key) is not None and hints[key] is Any:  # a recipe may have text under the name of a component
             check_component(key, cfg[key])
     for key in ("model", "tokenizer"):
         check_sizes(key, plain.get(key) or {})

@@ -2,9 +2,11 @@
 
 The margin of a pair is the log-prob of its chosen response less that of its rejected one. The picture shows its change
 over what it was, as [LIONs](https://arxiv.org/abs/2407.06542) compares models: one trained too little leaves the
-points at the line of no change; one trained too much throws them far off on both sides of it.
+points at the line of no change; one trained too much throws them far off on both sides of it. ``read_margins`` says
+the same in figures.
 """
 
+import json
 import logging
 from pathlib import Path
 
@@ -48,6 +50,36 @@ def margins_table(dataset: PrefixPreferenceDataset, before: Evaluation, after: E
     return pa.table(columns)
 
 
+def read_margins(table: pa.Table) -> dict[str, float]:
+    """What the picture shows, as figures by which runs can be compared.
+
+    Args:
+        table (pa.Table): as ``margins_table`` makes it.
+
+    Returns:
+        dict[str, float]: ``num_pairs``; ``share_flipped``, pairs whose more likely response is another one after
+        training, and of these ``share_flipped_to_chosen`` and ``share_flipped_to_rejected``; ``mean_change`` of the
+        margin in nats, and ``spread_of_change``, its standard deviation over that of the margins before;
+        ``correlation`` of change and margin before; ``curvature``, the quadratic coefficient of the margin after fitted
+        to the margin before, in 1/nats. The last three are NaN where margins before do not differ enough, and the
+        correlation where changes do not differ.
+    """
+    before, after = (table[f"margin_{when}"].to_numpy() for when in ("before", "after"))
+    change = after - before
+    to_chosen, to_rejected = (after > 0) & (before <= 0), (after <= 0) & (before > 0)
+    differ, nan = np.std(before) > 0, float("nan")
+    return {
+        "num_pairs": len(table),
+        "share_flipped": float((to_chosen | to_rejected).mean()),
+        "share_flipped_to_chosen": float(to_chosen.mean()),
+        "share_flipped_to_rejected": float(to_rejected.mean()),
+        "mean_change": float(change.mean()),
+        "spread_of_change": float(np.std(change) / np.std(before)) if differ else nan,
+        "correlation": float(np.corrcoef(before, change)[0, 1]) if differ and np.std(change) > 0 else nan,
+        "curvature": float(_quadratic(before, after).deriv(2)(0.0) / 2) if len(np.unique(before)) > 2 else nan,
+    }
+
+
 def plot_margins(table: pa.Table, title: str, file: Path) -> None:
     """Draws the change of each pair's margin over the margin before.
 
@@ -67,6 +99,9 @@ def plot_margins(table: pa.Table, title: str, file: Path) -> None:
     axes.scatter(before[~gained], change[~gained], s=12, alpha=0.6, label=f"did not: {1 - gained.mean():.1%}")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.axline((0, 0), slope=-1, color="grey", linestyle="--", label="above: chosen is more likely after training")
+    if len(np.unique(before)) > 2:
+        places = np.linspace(before.min(), before.max(), 100)
+        axes.plot(places, _quadratic(before, after)(places) - places, color="C3", label="fit of degree 2")
     # The diagonal must not decide what is shown.
     axes.set_xlim(*_around(before))
     axes.set_ylim(*_around(change))
@@ -84,7 +119,7 @@ def plot_margins(table: pa.Table, title: str, file: Path) -> None:
 def report_margins(
     cfg: DictConfig, dataset: PrefixPreferenceDataset | None, before: Evaluation | None, after: Evaluation | None
 ) -> None:
-    """Writes ``margins.parquet`` and ``margins.png`` to ``output_dir``, on rank 0, if held-out examples have pairs.
+    """Writes margins to ``output_dir``, on rank 0, if held-out examples have pairs: table, picture and figures.
 
     Args:
         cfg (DictConfig): the run's config.
@@ -101,7 +136,22 @@ def report_margins(
     if not np.isfinite(table["margin_after"].to_numpy()).all():
         log.warning("Some margins are not finite: the run has diverged, so margins.png is not drawn.")
         return
+    found = read_margins(table)
+    # NaN is no JSON.
+    figures = {name: value if np.isfinite(value) else None for name, value in found.items()}
+    (output_dir / "margins.json").write_text(json.dumps(figures, indent=2) + "\n")
+    log.info(
+        "Held-out margins: %.1f %% of pairs flipped, %.1f %% to the chosen response and %.1f %% to the rejected one; "
+        "changes spread %.3f times as far as margins did before, and correlate with them at %.2f; curvature %.2g/nat",
+        *(100 * found[name] for name in ("share_flipped", "share_flipped_to_chosen", "share_flipped_to_rejected")),
+        *(found[name] for name in ("spread_of_change", "correlation", "curvature")),
+    )
     plot_margins(table, f"{component_name(cfg.loss)}, {cfg.output_dir}", output_dir / "margins.png")
+
+
+def _quadratic(before: np.ndarray, after: np.ndarray) -> np.polynomial.Polynomial:
+    """The margin after training as a polynomial of the second degree in the margin before, by least squares."""
+    return np.polynomial.Polynomial.fit(before, after, 2)
 
 
 def _around(values: np.ndarray) -> tuple[float, float]:

@@ -169,12 +169,13 @@ def check_room(cfg: DictConfig, model: TreeModel, optimizer: Optimizer) -> None:
         raise ConfigError("output_dir", problem)
 
 
-def run_id(cfg: DictConfig, resumed: TrainingCheckpoint | None) -> str:
+def run_id(cfg: DictConfig, resumed: TrainingCheckpoint | None, num_examples: int) -> str:
     """What the checkpoints in ``output_dir`` have in common; a collective.
 
     Args:
         cfg (DictConfig): the run's config.
         resumed (TrainingCheckpoint | None): what the run continues from.
+        num_examples (int): of the training data set, which is remembered for ``examples_of_run``.
 
     Returns:
         str: that of the run that is continued, or a new one.
@@ -182,9 +183,29 @@ def run_id(cfg: DictConfig, resumed: TrainingCheckpoint | None) -> str:
     known = _run_id(cfg) if cfg.resume == "auto" and resumed is not None else None
     new = broadcast_object(known or secrets.token_hex(8))
     if is_rank_zero() and new != _run_id(cfg):
-        content = {"id": new, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        content = {"id": new, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "examples": num_examples}
         (Path(cfg.output_dir) / _RUN).write_text(json.dumps(content), encoding="utf-8")
     return new
+
+
+def examples_of_run(output_dir: Path) -> int:
+    """How many examples the data set has that a run was trained on.
+
+    Args:
+        output_dir (Path): the run's.
+
+    Returns:
+        int: the number.
+
+    Raises:
+        UserError: if there is no run, or it was made before this was remembered.
+    """
+    file = output_dir / _RUN
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["examples"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = "does not say how many examples the run had" if file.is_file() else "not found"
+        raise UserError(f"{file} {problem}; give the output_dir of a training run of this version.") from error
 
 
 def _run_id(cfg: DictConfig) -> str | None:

@@ -68,7 +68,7 @@ def training_checkpoints(
     if resumed is not None:
         _compare(decides, resumed, plan)
         log.info("Resuming after step %d from %s", resumed.step, resumed.directory)
-    run = {"id": run_id(cfg, resumed), "steps_per_epoch": plan.steps_per_epoch, "decides": decides}
+    run = {"id": run_id(cfg, resumed, len(dataset)), "steps_per_epoch": plan.steps_per_epoch, "decides": decides}
     return TrainingCheckpoints(Path(cfg.output_dir) / CHECKPOINTS, run, cfg.keep_last_n)
 
 

@@ -12,8 +12,11 @@ from prefix_sharing.planning.batches import in_batches
 from prefix_sharing.sampling.choose import SamplingOptions, choose
 from prefix_sharing.sampling.sampler import Answer, Policy, Prompt, Sampler
 
+TOKENS_AT_ONCE = 16384
+"""Tokens of a batch where nothing else is said."""
 
-def in_process_sampler(policy: Policy, tokens_at_once: int = 16384) -> Sampler:
+
+def in_process_sampler(policy: Policy, tokens_at_once: int = TOKENS_AT_ONCE) -> Sampler:
     """Samples in the process that trains, on its device, for a config.
 
     Args:
@@ -35,19 +38,39 @@ def in_process_sampler(policy: Policy, tokens_at_once: int = 16384) -> Sampler:
     model.load_weights(policy.checkpoint, policy.seed)
 
     def sample(prompts: Sequence[Prompt], options: SamplingOptions) -> Iterator[tuple[int, list[Answer]]]:
-        longest = max((len(prompt.tokens) for prompt in prompts), default=0) + options.max_new_tokens
-        if longest > model.max_seq_len:
-            raise UserError(
-                f"{options.max_new_tokens} tokens after the longest prompt make {longest:,}, but the model takes "
-                f"{model.max_seq_len:,}; lower max_new_tokens or prompts.max_prompt_len."
-            )
-        lengths = [options.num_answers * (len(prompt.tokens) + options.max_new_tokens) for prompt in prompts]
-        for batch in in_batches(lengths, tokens_at_once):
-            some = [prompts[i] for i in batch]
-            answers = sample_answers(model, [p.tokens for p in some], [p.key for p in some], options)
-            yield from zip(batch, answers, strict=True)
+        return sample_in_batches(model, prompts, options, tokens_at_once)
 
     return sample
+
+
+def sample_in_batches(
+    model: AnswerModel, prompts: Sequence[Prompt], options: SamplingOptions, tokens_at_once: int = TOKENS_AT_ONCE
+) -> Iterator[tuple[int, list[Answer]]]:
+    """Samples answers to any number of prompts.
+
+    Args:
+        model (AnswerModel): a host's, with weights.
+        prompts (Sequence[Prompt]): the prompts.
+        options (SamplingOptions): how.
+        tokens_at_once (int): as for ``in_process_sampler``.
+
+    Yields:
+        tuple[int, list[Answer]]: index of a prompt, and its answers; the longest prompts come first.
+
+    Raises:
+        UserError: if the model does not take as many tokens.
+    """
+    longest = max((len(prompt.tokens) for prompt in prompts), default=0) + options.max_new_tokens
+    if longest > model.max_seq_len:
+        raise UserError(
+            f"{options.max_new_tokens} tokens after the longest prompt make {longest:,}, but the model takes "
+            f"{model.max_seq_len:,}; lower max_new_tokens or prompts.max_prompt_len."
+        )
+    lengths = [options.num_answers * (len(prompt.tokens) + options.max_new_tokens) for prompt in prompts]
+    for batch in in_batches(lengths, tokens_at_once):
+        some = [prompts[i] for i in batch]
+        answers = sample_answers(model, [p.tokens for p in some], [p.key for p in some], options)
+        yield from zip(batch, answers, strict=True)
 
 
 def draws(seed: int, prompt: str, answer: int, length: int) -> np.ndarray:
