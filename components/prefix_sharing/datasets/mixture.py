@@ -79,6 +79,7 @@ def preference_mixture(
     tokenizer: ChatTokenizer,
     *,
     datasets: Sequence[Mapping[str, Any]],
+    defaults: Mapping[str, Any] | None = None,
     deduplicate: Mapping[str, Any] | str | None = None,
     select: Mapping[str, Any] | None = None,
     scores: Mapping[str, Any] | None = None,
@@ -97,6 +98,7 @@ def preference_mixture(
             ``prefix_preference_dataset`` unless ``_component_`` names another, and the fields of ``Share``: ``weight``,
             ``fraction`` and ``max_examples``; without any, all examples are taken. ``scores`` of a data set that does
             not select by itself are for the mixture's ``select``.
+        defaults (Mapping[str, Any] | None): arguments of every data set that does not set them itself. Default: None.
         deduplicate (Mapping[str, Any] | str | None): as in ``prefix_preference_dataset``; of two duplicates, the one
             in the earlier data set is kept. Default: None.
         select (Mapping[str, Any] | None): as in ``prefix_preference_dataset``. Default: None, all.
@@ -119,13 +121,14 @@ def preference_mixture(
             dataset:
               _component_: prefix_sharing.datasets.preference_mixture
               datasets:
-                - {source: json, data_files: helpful.jsonl, weight: 0.7}
-                - {source: json, data_files: harmless.jsonl, weight: 0.3}
+                - {data_files: helpful.jsonl, weight: 0.7}
+                - {data_files: harmless.jsonl, weight: 0.3}
+              defaults: {truncation: drop}
     """
     choice = Choice.from_keys(deduplicate=deduplicate, select=select, scores=scores, rescale=rescale)
     if choice.score_columns:
         raise ConfigError("scores", "must be a judge; columns are named by scores at each of the datasets")
-    nodes = [dict(node) for node in datasets]
+    nodes = [{**(defaults or {}), **node} for node in datasets]
     shares_of, parts = [], []
     for i, node in enumerate(nodes):
         if "packed" in node:
