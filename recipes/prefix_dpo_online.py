@@ -69,7 +69,7 @@ class OnlineConfig(TrainingConfig):
     prompts_val: Any = MISSING
     """Builds the held-out prompts, likewise."""
     sampler: Any = MISSING
-    """Samples answers: ``prefix_sharing.sampling.in_process_sampler``, or ``served_sampler``."""
+    """Samples answers: ``prefix_sharing.sampling.in_process_sampler``, ``served_sampler`` or ``vllm_sampler``."""
     judge: Any = MISSING
     """Scores answers: one of ``prefix_sharing.judging``."""
     rounds: int = at_least(1, default=1)
@@ -123,18 +123,23 @@ class RoundOfTraining:
     Attributes:
         begins_with (Checkpoint | None): the weights to begin with. None for the checkpointer's.
         measured_from (Checkpoint | None): the reference's. None for the weights to begin with, or what the config says.
+        averages (bool): whether the reference is, or is going to be, an average of policies.
         optimizer_of (Path | None): training checkpoints of the round whose optimizer goes on. None for a new one.
         answers (Path): the round's judged answers.
     """
 
     begins_with: Checkpoint | None = None
     measured_from: Checkpoint | None = None
+    averages: bool = False
     optimizer_of: Path | None = None
     answers: Path
 
     def setup(self: Any) -> None:
         """As for any training; then compares the sampler's log-probs with the trainer's, where they should be equal."""
         super().setup()  # type: ignore[misc]
+        if self.averages and self.model.has_adapter and (self.model.is_quantized or self.cfg.dtype == "bf16"):
+            problem = "average with an adapter needs dtype: fp32 and a base that is not quantized, which would round it"
+            raise ConfigError("online_reference", problem)
         if self.optimizer_of is not None and self.resumed is None:
             self.carry_optimizer(self.optimizer_of)
         is_policy = self.measured_from is None and self.cfg.ref_checkpointer is None
@@ -215,6 +220,8 @@ class PrefixDPOOnline:
             raise ConfigError("ref_checkpointer", f"not used with online_reference: {cfg.online_reference}; remove it")
         if cfg.ref_model_mixup_alpha > 1:
             raise ConfigError("ref_model_mixup_alpha", f"must be at most 1, but is {cfg.ref_model_mixup_alpha}")
+        if cfg.dataset_offline is not None and not OmegaConf.is_dict(cfg.dataset_offline):
+            raise ConfigError("dataset_offline", "must be a mapping, such as {data_files: pairs.jsonl, weight: 0.25}")
         weight = 0.5 if cfg.dataset_offline is None else cfg.dataset_offline.get("weight")
         if not isinstance(weight, float) or not 0 < weight < 1:
             problem = f"is {weight}; give the offline data's share of a round's examples, more than 0 and less than 1"
@@ -327,12 +334,14 @@ class PrefixDPOOnline:
     def train(self, number: int) -> None:
         """Trains on the judged answers of a round, unless that is done."""
         cfg = self.training_config(number)
-        if (Path(cfg.output_dir) / f"epoch_{cfg.epochs - 1}").is_dir():
+        trained = Path(cfg.output_dir) / "trained"  # weights are there before the optimizer's state is
+        if broadcast_object(trained.exists()):
             return
         self.sample(number)
         self.judge_answers(self.directory(number))
         recipe = self.round_class(cfg, self.device)
         recipe.answers = self.directory(number) / "scores.parquet"
+        recipe.averages = self.cfg.online_reference == "average"
         if number > 0:
             recipe.begins_with = self.policy_after(number - 1)[0]
             recipe.measured_from = self.reference_before(number)
@@ -344,8 +353,14 @@ class PrefixDPOOnline:
                 self._policy = None  # the model has the weights now
                 with stop_signals() as stop:
                     recipe.train(stop)
+                    exit_code = stop.exit_code()
             finally:
                 recipe.cleanup()
+        if is_rank_zero():
+            trained.touch()
+        wait_for_all_ranks()
+        if exit_code:  # in the last step, or later
+            raise SystemExit(exit_code)
 
     def reference_before(self, number: int) -> Checkpoint | None:
         """What a later round's rewards are measured from; None for the policy that it begins with, or the config's."""
@@ -355,17 +370,22 @@ class PrefixDPOOnline:
         reference = self._checkpoint_after(-1)[0]
         if cfg.online_reference == "first":
             return reference
-        for k in range(number):
-            where = self.directory(k) / "reference"
-            if not where.is_dir():
-                policy = self._checkpoint_after(k)[0]
-                weights = [merged_weights(cfg.model, checkpoint) for checkpoint in (reference, policy)]
-                write_average(weights[0], weights[1], cfg.ref_model_mixup_alpha, where)
-            reference = read_weight_file(cfg.checkpointer, where / WEIGHTS)
+        averages = [self.directory(k) / f"reference_{cfg.ref_model_mixup_alpha:g}" for k in range(number)]
+        last = broadcast_object(max((k for k in range(number) if averages[k].is_dir()), default=-1))
+        if last >= 0:
+            reference = read_weight_file(cfg.checkpointer, averages[last] / WEIGHTS)
+        for k in range(last + 1, number):
+            both = (reference, self._checkpoint_after(k)[0])
+            weights = [merged_weights(cfg.model, checkpoint) if is_rank_zero() else {} for checkpoint in both]
+            write_average(weights[0], weights[1], cfg.ref_model_mixup_alpha, averages[k])
+            reference = read_weight_file(cfg.checkpointer, averages[k] / WEIGHTS)
         return reference
 
     def kl_to_first(self, number: int, answered: list[dict[str, Any]]) -> float:
-        """The KL divergence of a policy to the first one in nats a token, estimated on its own held-out answers."""
+        """The mean log-ratio of a policy to the first one in nats a token, on its own held-out answers.
+
+        It estimates their KL divergence if answers are sampled at temperature 1 from all tokens.
+        """
         file = self.directory(number) / "kl.json"
         if not broadcast_object(file.exists()):
             dataset = sampled_answers(answered, f"answers in {self.directory(number)}/held_out")
@@ -375,7 +395,9 @@ class PrefixDPOOnline:
             tokens = HeldOut.of_rows(answered).lengths.sum()
             if is_rank_zero():
                 written = {"kl": float((by_policy - by_first).sum() / tokens)}
-                file.write_text(json.dumps(written), encoding="utf-8")
+                unfinished = file.with_suffix(".unfinished")
+                unfinished.write_text(json.dumps(written), encoding="utf-8")
+                unfinished.replace(file)
             wait_for_all_ranks()
         return json.loads(file.read_text(encoding="utf-8"))["kl"]
 
@@ -454,10 +476,10 @@ class PrefixDPOOnline:
         file = self.directory(number) / "scores.parquet"
         scores = np.array([row["scores"] for row in read_rows(file)])
         trees = sampled_preference_dataset(self.tokenizer, data_files=str(file), pairs=self.cfg.pairs)
-        shared, separate = (trees.sizes(share_prefix).num_tokens.sum() for share_prefix in (True, False))
+        computed, separate = (trees.sizes(shared).num_tokens.sum() for shared in (self.cfg.share_prefix, False))
         return {
             "share_tied": float(np.mean(np.nanmax(scores, axis=1) == np.nanmin(scores, axis=1))),
-            "tokens_saved": float(1 - shared / separate),
+            "tokens_saved": float(1 - computed / separate),
         }
 
     def warn_of_length(self, metrics: dict[str, float]) -> None:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from documents import PAGES, README, ROOT, blocks, commands, runs, runs_of, table
 from prefix_sharing.benchmark.layers import one_pair
+from prefix_sharing.cli import recipe_of
 from prefix_sharing.config import DistributedConfig, config_names, find_config
 from prefix_sharing.config.checks import check_component
 from prefix_sharing.config.schema import ReferenceConfig
@@ -82,7 +83,8 @@ def test_the_reference_cache_is_listed(monkeypatch, capsys):
 def test_every_config_is_listed_and_exists():
     assert sorted(cells[0].strip("`") for cells in table(PAGES["configs.md"], "config")) == config_names()
     for cells in table(PAGES["configs.md"], "config"):
-        assert ("distributed" in cells[1]) == ("distributed" in cells[0]) == ("nproc_per_node" in cells[2])
+        assert cells[1].strip("`") == recipe_of(find_config(cells[0].strip("`")))
+        assert ("distributed" in cells[1]) == ("nproc_per_node" in cells[2])
     for run in runs(GUIDE):
         name = run[run.index("--config") + 1]
         assert name.endswith(".yaml") or name == "..." or find_config(name)

@@ -18,7 +18,11 @@ from prefix_sharing.run import set_up_device
 from prefix_sharing.run.signals import StopRequest
 
 CONFIG_CLASSES = {"prefix_dpo_single_device": TrainingConfig, "prefix_dpo_distributed": DistributedConfig}
-ALL_NAMES = [name for name in config_names() if cli.recipe_of(find_config(name)) in CONFIG_CLASSES]
+ALL_NAMES = [
+    name
+    for name in config_names()
+    if cli.recipe_of(find_config(name)) in CONFIG_CLASSES and not name.startswith("lions/")
+]
 NAMES = [name for name in ALL_NAMES if not name.startswith("transformers/")]
 
 # NF4 wants weights of a multiple of 64 * 256 numbers.

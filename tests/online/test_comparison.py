@@ -149,7 +149,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(UserError, match="'instruction_difficulty' is known of 1 of 2 prompts"):
         read_model_answers(tmp_path / "d.json")
     (tmp_path / "e.json").write_text('[{"instruction": "q", "output": "a", "instruction_difficulty": "hard"}]')
-    with pytest.raises(UserError, match="record 0: 'instruction_difficulty' is no number"):
+    with pytest.raises(UserError, match="record 0: 'instruction_difficulty' is no finite number"):
         read_model_answers(tmp_path / "e.json")
     (tmp_path / "f.parquet").write_bytes(b"")
     with pytest.raises(UserError, match="is no table of answers; give answers.parquet of a round"):

@@ -44,7 +44,7 @@ def trained_by_transformers(directory):
 
 
 def score(model, include, tasks):
-    """What lm-eval finds, and the log-likelihoods of each question's choices."""
+    """What lm-eval finds, and the log-likelihoods of each question's chosen and rejected answer."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -56,7 +56,11 @@ def score(model, include, tasks):
         bootstrap_iters=0,
     )
     samples = sorted(found["samples"][tasks], key=lambda sample: sample["doc_id"])
-    return found["results"][tasks], [[float(choice[0]) for choice in sample["filtered_resps"]] for sample in samples]
+    log_likelihoods = [[float(choice[0]) for choice in sample["filtered_resps"]] for sample in samples]
+    by_chosen = [
+        both[::-1] if sample["doc"]["gold"] else both for sample, both in zip(samples, log_likelihoods, strict=True)
+    ]
+    return found["results"][tasks], by_chosen
 
 
 @pytest.mark.parametrize("train", [trained_by_torchtune, trained_by_transformers])
@@ -133,10 +137,11 @@ def test_each_pair_of_a_ranking_is_a_question_and_pairs_with_two_prompts_are_non
     found = questions(tmp_path, records, pairs="all")
     assert [[choice.removesuffix("<|end|>") for choice in question["choices"]] for question in found] == [
         ["one", "two"],
-        ["one", "three"],
+        ["three", "one"],  # a model that cannot tell is right about half of them
         ["two", "three"],
-        ["four", "four five"],
+        ["four five", "four"],
     ]
+    assert [question["gold"] for question in found] == [0, 1, 0, 1]
     user = lambda text: {"role": "user", "content": text}  # noqa: E731
     answer = {"role": "assistant", "content": "a"}
     other = {"role": "assistant", "content": "b"}

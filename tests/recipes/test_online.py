@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 import prefix_dpo_online
 from prefix_dpo_online import OnlineConfig, PrefixDPOOnline
+from prefix_sharing.checkpoint import TrainingCheckpoints
 from prefix_sharing.config import check_config, find_config, instantiate
 from prefix_sharing.errors import UserError
 from prefix_sharing.online import RoundTable, read_rows, row_of, tables
@@ -210,6 +212,42 @@ def test_nothing_that_is_whole_is_done_again(tmp_path, monkeypatch):
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.parquet")} == before
 
 
+@pytest.mark.parametrize("last", ["save_state", "wait"])
+def test_a_round_killed_while_its_last_state_is_written_keeps_its_optimizer(tmp_path, monkeypatch, last):
+    """Its weights are there already."""
+    make_run(tmp_path / "whole", carry_optimizer=True).run()
+    target = {"save_state": prefix_dpo_online.SingleDeviceRound, "wait": TrainingCheckpoints}[last]
+    original = getattr(target, last)
+
+    def stopped(self, *args):
+        if (tmp_path / "parts" / "round_0" / "epoch_0").exists():
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    with monkeypatch.context() as context:
+        context.setattr(target, last, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            make_run(tmp_path / "parts", carry_optimizer=True).run()
+    make_run(tmp_path / "parts", carry_optimizer=True).run()
+    assert losses(tmp_path / "parts" / "round_1") == pytest.approx(losses(tmp_path / "whole" / "round_1"), rel=1e-6)
+
+
+def test_a_signal_in_a_rounds_last_step_ends_the_run_behind_it(tmp_path, monkeypatch):
+    original = prefix_dpo_online.SingleDeviceRound.save_state
+
+    def interrupted(self, metrics):
+        if (tmp_path / "round_0" / "epoch_0").exists():
+            signal.raise_signal(signal.SIGTERM)
+        original(self, metrics)
+
+    monkeypatch.setattr(prefix_dpo_online.SingleDeviceRound, "save_state", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        make_run(tmp_path).run()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "round_0" / "trained").exists()
+    assert not (tmp_path / "round_1").exists()
+
+
 def test_answers_of_another_policy_are_refused(tmp_path):
     make_run(tmp_path, rounds=1).run()
     with pytest.raises(UserError, match=r"first_policy/held_out/.*parquet was made by another policy"):
@@ -262,7 +300,7 @@ def test_an_average_reference_is_between_the_first_policy_and_the_last_one(tmp_p
         )
         run.train(1)
         found[share] = first_rewards(tmp_path / str(share))
-        average = load_file(tmp_path / str(share) / "round_0" / "reference" / "model.safetensors")
+        average = load_file(tmp_path / str(share) / "round_0" / f"reference_{share:g}" / "model.safetensors")
         first, last = (run.policy_after(k)[0].weights for k in (-1, 0))
         for name, tensor in average.items():
             torch.testing.assert_close(tensor, (1 - share) * first[name] + share * last[name], rtol=1e-6, atol=1e-7)
@@ -272,13 +310,43 @@ def test_an_average_reference_is_between_the_first_policy_and_the_last_one(tmp_p
     assert all(0 < abs(between) < abs(end) for between, end in zip(found[0.6], found[0.0], strict=True))
 
 
+ADAPTER = {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": True, "lora_rank": 4, "lora_alpha": 8}
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        {"online_reference": "average", "ref_model_mixup_alpha": 1.0},
+        {"online_reference": "previous", "reference.precompute": False},
+    ],
+    ids=["average", "previous"],
+)
+def test_a_reference_that_is_the_policy_includes_its_adapter(tmp_path, reference):
+    base = OmegaConf.to_container(OmegaConf.load(find_config("quickstart/online")).model)
+    keys = {"model": base | ADAPTER | {"_component_": "torchtune.models.llama3.lora_llama3"}}
+    run = make_run(tmp_path, **keys, **reference, **{"checkpointer.model": base})
+    run.run()
+    assert losses(tmp_path / "round_0")[-1] != pytest.approx(0.693147, abs=1e-3)  # the adapter has changed something
+    # A reward is beta times a sum of tens of log-probs of -8, each rounded by 1e-6.
+    assert first_rewards(tmp_path) == pytest.approx([0.0, 0.0], abs=1e-5)
+
+
+def test_an_average_is_refused_where_the_base_would_round_it(tmp_path):
+    base = OmegaConf.to_container(OmegaConf.load(find_config("quickstart/online")).model)
+    keys = {"model": base | ADAPTER | {"_component_": "torchtune.models.llama3.lora_llama3"}, "dtype": "bf16"}
+    with pytest.raises(UserError, match="average with an adapter needs dtype: fp32"):
+        make_run(tmp_path, **keys, online_reference="average", **{"checkpointer.model": base}).run()
+
+
 def test_an_average_of_averages_goes_on(tmp_path):
     weights = [{"w": torch.tensor([float(k)])} for k in range(3)]
     write_average(weights[0], weights[1], 0.25, tmp_path / "a")
     write_average(load_file(tmp_path / "a" / "model.safetensors"), weights[2], 0.25, tmp_path / "b")
     assert load_file(tmp_path / "b" / "model.safetensors")["w"].item() == 0.75 * 0.25 + 0.25 * 2
-    with pytest.raises(UserError, match="only one of policy and reference has v; their models differ"):
-        write_average(weights[0], weights[0] | {"v": torch.ones(1)}, 0.5, tmp_path / "c")
+    write_average(weights[0] | {"tied to w": torch.ones(1)}, weights[1], 0.5, tmp_path / "c")
+    assert load_file(tmp_path / "c" / "model.safetensors").keys() == {"w"}
+    with pytest.raises(UserError, match="the policy has v, and the reference has not"):
+        write_average(weights[0], weights[0] | {"v": torch.ones(1)}, 0.5, tmp_path / "d")
 
 
 def test_an_optimizer_goes_on_and_its_schedule_begins_anew(tmp_path, whole, monkeypatch):
@@ -352,6 +420,7 @@ def test_divergence_is_that_of_plain_models(whole):
             {"ref_checkpointer": {"_component_": "torch.optim.AdamW"}, "online_reference": "average"},
             "'ref_checkpointer': not used with online_reference: average",
         ),
+        ({"dataset_offline": "pairs.jsonl"}, "'dataset_offline': must be a mapping"),
         ({"ref_model_mixup_alpha": 1.5}, "'ref_model_mixup_alpha': must be at most 1"),
         ({"max_new_tokens": 600}, "but the model takes 512; lower max_new_tokens"),
         ({"judge": {"_component_": "prefix_sharing.judging.function_judge", "function": "math.nan"}}, "is no function"),

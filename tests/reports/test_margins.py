@@ -82,7 +82,7 @@ def test_too_little_training_and_too_much_are_told_apart():
 
 
 def test_margins_that_do_not_differ_have_no_shape():
-    found = read_margins(margins([1.0, 1.0, 1.0], [1.0, 2.0, 0.0]))
+    found = read_margins(margins([0.1, 0.1, 0.1], [0.1, 2.0, 0.0]))
     assert np.isnan([found[name] for name in ("spread_of_change", "correlation", "curvature")]).all()
     assert found["share_flipped_to_rejected"] == found["share_flipped"] == pytest.approx(1 / 3)
     assert np.isnan(read_margins(margins([1.0, 2.0], [3.0, 4.0]))["curvature"])

@@ -58,7 +58,7 @@ def test_runs_that_are_all_the_same_are_warned_of_with_one_seed_too():
 
 def test_the_best_of_a_loss_is_the_least():
     assert is_better_lower("eval/loss")
-    assert is_better_lower("lm_eval.json:results/wikitext/word_perplexity")
+    assert is_better_lower("lm_eval.json:results/wikitext/word_perplexity,none")
     assert not is_better_lower(ACCURACY)
     found = [Measured((b,), {"eval/loss": [b]}) for b in (0.3, 0.2, 0.4)]
     assert best_of(found, "eval/loss").point == (0.2,)

@@ -29,14 +29,15 @@ def write_average(
         directory (Path): gets ``model.safetensors``, in fp32; appears whole or not at all.
 
     Raises:
-        UserError: if one has weights that the other lacks.
+        UserError: if the policy has weights that the reference lacks.
     """
     with complete_directory(directory) as unfinished:
         if is_rank_zero():
-            if apart := set(reference) ^ set(policy):
-                raise UserError(f"{directory}: only one of policy and reference has {min(apart)}; their models differ.")
+            # The first reference's files may hold tied weights twice.
+            if lacking := set(policy) - set(reference):
+                raise UserError(f"{directory}: the policy has {min(lacking)}, and the reference has not.")
             average = {
                 name: torch.lerp(reference[name].float(), policy[name].float(), share).contiguous()
-                for name in tqdm(reference, desc="Averaging the reference", unit="tensor", leave=False)
+                for name in tqdm(policy, desc="Averaging the reference", unit="tensor", leave=False)
             }
             save_file(average, unfinished / WEIGHTS, metadata={"format": "pt"})

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from tqdm import tqdm
 
 from prefix_sharing.errors import UserError
@@ -50,7 +49,7 @@ def read_model_answers(file: Path) -> ModelAnswers:
     if file.suffix == ".parquet":
         try:
             rows = [(json.loads(row["turns"]), row["texts"], None) for row in read_rows(file)]
-        except (KeyError, pa.ArrowInvalid) as error:
+        except (KeyError, TypeError, ValueError) as error:  # pyarrow's are among them
             raise UserError(f"{file} is no table of answers; give answers.parquet of a round.") from error
         found = ModelAnswers("/".join(file.resolve().parts[-3:-1]), {}, {})
     else:
@@ -59,8 +58,9 @@ def read_model_answers(file: Path) -> ModelAnswers:
             for key in ("instruction", "output"):
                 if not isinstance(record.get(key), str):
                     raise UserError(f"{file}, record {i}: '{key}' is missing or is no text; give AlpacaEval's format.")
-            if not isinstance(record.get("instruction_difficulty", 0.0), int | float):
-                raise UserError(f"{file}, record {i}: 'instruction_difficulty' is no number.")
+            difficulty = record.get("instruction_difficulty", 0.0)
+            if isinstance(difficulty, bool) or not isinstance(difficulty, int | float) or not np.isfinite(difficulty):
+                raise UserError(f"{file}, record {i}: 'instruction_difficulty' is no finite number.")
         rows = [
             ([{"role": "user", "content": r["instruction"]}], [r["output"]], r.get("instruction_difficulty"))
             for r in records

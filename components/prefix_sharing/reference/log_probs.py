@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.datasets import PrefixPreferenceDataset, StepLoader
-from prefix_sharing.distributed import broadcast_from_rank_zero, is_rank_zero, reshard, sum_over_ranks
+from prefix_sharing.distributed import broadcast_from_rank_zero, broadcast_object, is_rank_zero, reshard, sum_over_ranks
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.fingerprint import code_fingerprint, source_of
 from prefix_sharing.hosts import TreeModel, load_checkpoint
@@ -104,7 +104,8 @@ def set_up_reference(
         list[Reference | None]: for each data set a function of a Row.
     """
     if not cfg.reference.precompute:
-        if model.has_adapter and other is None and cfg.adapter_checkpoint is None:
+        begins_with_adapter = broadcast_object(bool(checkpoint.adapter))  # which rank 0 may have alone
+        if model.has_adapter and other is None and not begins_with_adapter:
             return [FrozenReference(functools.partial(_without_adapter, forward, model))] * len(passes)
         frozen = new_model()
         frozen.requires_grad_(False).eval()

@@ -4,6 +4,7 @@ import json
 import logging
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from tqdm import tqdm
@@ -34,7 +35,8 @@ def write_harness_task(dataset: PrefixPreferenceDataset, tokenizer: ChatTokenize
         UserError: if there is no pair that can be asked about.
     """
     header = header_length(tokenizer)
-    questions, left_out = [], Counter[str]()
+    questions: list[dict[str, Any]] = []
+    left_out: Counter[str] = Counter()
     for i in tqdm(range(len(dataset)), desc=f"Writing {name}", unit=" examples", delay=5):
         responses, pairs = dataset[i], dataset.pairs(i)
         parted = [split_at_answer(response, header) for response in responses]
@@ -52,7 +54,9 @@ def write_harness_task(dataset: PrefixPreferenceDataset, tokenizer: ChatTokenize
             elif choices[0] == choices[1]:
                 left_out["answers are alike as text"] += 1
             else:
-                questions.append({"record": int(dataset.record_index[i]), "context": contexts[0], "choices": choices})
+                gold = len(questions) % 2  # of two that are equal, or NaN, lm-eval takes the first
+                question = {"record": int(dataset.record_index[i]), "context": contexts[0]}
+                questions.append(question | {"choices": choices[::-1] if gold else choices, "gold": gold})
     why = f" ({', '.join(f'{reason}: {n:,}' for reason, n in sorted(left_out.items()))})" if left_out else ""
     if not questions:
         raise UserError(f"{dataset.name} has no pair that lm-eval could be asked about{why}.")
@@ -68,7 +72,7 @@ def write_harness_task(dataset: PrefixPreferenceDataset, tokenizer: ChatTokenize
         "num_fewshot": 0,
         "doc_to_text": "context",
         "doc_to_choice": "choices",
-        "doc_to_target": 0,
+        "doc_to_target": "gold",
         # Everything between prompt and answer is in the texts already.
         "target_delimiter": "",
         "metric_list": [

@@ -67,7 +67,7 @@ def read_margins(table: pa.Table) -> dict[str, float]:
     before, after = (table[f"margin_{when}"].to_numpy() for when in ("before", "after"))
     change = after - before
     to_chosen, to_rejected = (after > 0) & (before <= 0), (after <= 0) & (before > 0)
-    differ, nan = np.std(before) > 0, float("nan")
+    differ, nan = np.ptp(before) > 0, float("nan")
     return {
         "num_pairs": len(table),
         "share_flipped": float((to_chosen | to_rejected).mean()),
@@ -75,7 +75,7 @@ def read_margins(table: pa.Table) -> dict[str, float]:
         "share_flipped_to_rejected": float(to_rejected.mean()),
         "mean_change": float(change.mean()),
         "spread_of_change": float(np.std(change) / np.std(before)) if differ else nan,
-        "correlation": float(np.corrcoef(before, change)[0, 1]) if differ and np.std(change) > 0 else nan,
+        "correlation": float(np.corrcoef(before, change)[0, 1]) if differ and np.ptp(change) > 0 else nan,
         "curvature": float(_quadratic(before, after).deriv(2)(0.0) / 2) if len(np.unique(before)) > 2 else nan,
     }
 

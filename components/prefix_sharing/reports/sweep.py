@@ -33,7 +33,8 @@ class Measured:
 
 def is_better_lower(measure: str) -> bool:
     """Whether less of a measure is better, told by the last word of its name."""
-    return measure.rpartition("/")[2].rpartition("_")[2] in _LOWER_IS_BETTER
+    name = measure.rpartition("/")[2].partition(",")[0]  # lm-eval puts a filter behind a metric
+    return name.rpartition("_")[2] in _LOWER_IS_BETTER
 
 
 def best_of(found: Sequence[Measured], measure: str) -> Measured | None:

@@ -43,7 +43,7 @@ def vllm_sampler(policy: Policy, **engine_args: Any) -> "VLLMSampler":
         raise UserError("vllm_sampler needs vLLM; pip install 'torchtune-prefix-sharing[vllm]' where there is a GPU.")
     if policy.directory is None:
         raise ConfigError("sampler", "vllm_sampler reads the policy from its directory, and this one has none")
-    if policy.checkpoint.adapter:
+    if policy.checkpoint.adapter and not (policy.directory / "adapter").is_dir():  # which is beside a whole model
         raise ConfigError("sampler", "vllm_sampler needs the whole model; set save_adapter_weights_only: False")
     return VLLMSampler(policy, engine_args)
 
