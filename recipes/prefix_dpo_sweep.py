@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torchtune.training.metric_logging import DiskLogger
 
 from prefix_dpo_online import OnlineConfig, PrefixDPOOnline
 from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
@@ -31,6 +32,7 @@ from prefix_sharing.config.sweeping import Axis, Point, check_axes, config_at, g
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.hosts import load_trained_checkpoint
 from prefix_sharing.online.held_out import HeldOut
+from prefix_sharing.reports.curves import read_log_of_last_run
 from prefix_sharing.reports.sweep import CAUTION, Measured, plot_sweep, table_of, what_it_shows
 from prefix_sharing.run import set_up_device, set_up_logging
 from prefix_sharing.run.directory import full_disk_explained, locked_output_dir
@@ -82,6 +84,10 @@ class RunOfSweep(PrefixDPORecipeSingleDevice):
         """As for any training."""
         super().setup()
         self.last_logged: dict[str, float] = {}
+        if self.resumed is not None and isinstance(self.metric_logger, DiskLogger):  # what it logged before
+            log_dir = self.metric_logger.path_to_log_file().parent
+            for _, metrics in read_log_of_last_run(sorted(log_dir.glob("log_*.txt"))):
+                self.last_logged |= metrics
         log_dict = self.metric_logger.log_dict
 
         def log_and_remember(payload: dict[str, Any], step: int) -> None:
@@ -144,6 +150,8 @@ class PrefixDPOSweep:
             raise ConfigError(
                 "dataset_val", "required: the runs are compared on it, unless measures name something else"
             )
+        if self.cfg.measures is not None and not self.cfg.measures:
+            raise ConfigError("measures", "is empty; name what to compare by, or leave it out")
         if self.cfg.seeds > 1 and any(axis.key == "seed" for axis in axes):
             raise ConfigError("seeds", "not used while seed is swept; remove one of the two")
         self.runs = [self.run_at(cfg, point, k) for point in grid(axes) for k in range(self.cfg.seeds)]
@@ -181,17 +189,20 @@ class PrefixDPOSweep:
         failed: dict[str, str] = {}
         for i, run in enumerate(self.runs, start=1):
             number = f"Run {i} of {len(self.runs)}, {run.name}"
-            if read_result(run.cfg) is not None:
-                log.info("%s: finished before", number)
-            else:
-                log.info("%s: in %s", number, run.cfg.output_dir)
-                try:
+            try:
+                if read_result(run.cfg) is not None:
+                    log.info("%s: finished before", number)
+                else:
+                    log.info("%s: in %s", number, run.cfg.output_dir)
                     train(run)
-                except UserError as error:  # such as a learning rate at which it diverges: the others go on
-                    log.error("%s failed: %s", number, error)
-                    failed[run.name] = str(error)
-            if self.cfg.judge is not None and run.name not in failed:
-                self.judge(run)
+                if self.cfg.judge is not None:
+                    self.judge(run)
+            except UserError as error:  # such as a learning rate at which it diverges: the others go on
+                log.error("%s failed: %s", number, error)
+                failed[run.name] = str(error)
+            gc.collect()  # the next run needs the memory
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             self.report(failed, is_last=i == len(self.runs))
         if len(failed) < len(self.runs):
             log.info("The table is in %s, its picture in %s", self.output_dir / "sweep.md", self.picture)
@@ -202,14 +213,15 @@ class PrefixDPOSweep:
 
     def judge(self, run: Run) -> None:
         """Adds to a run's result what the judge has to say of its answers, unless that is there."""
-        by: Any = OmegaConf.to_container(OmegaConf.masked_copy(self.cfg, list(_OF_THE_JUDGE)), resolve=True)
-        by = OmegaConf.to_container(without_secrets(OmegaConf.create(by)))
+        whole: Any = OmegaConf.to_container(self.cfg, resolve=True)
+        judging = OmegaConf.create({key: whole[key] for key in _OF_THE_JUDGE})
+        by = OmegaConf.to_container(without_secrets(judging))
         result = read_result(run.cfg)
         assert result is not None
         if result.get("judged_by") == by:
             return
         cfg = OmegaConf.structured(OnlineConfig)
-        for keys in (run.cfg, OmegaConf.masked_copy(self.cfg, list(_OF_THE_JUDGE))):
+        for keys in (run.cfg, judging):
             cfg.merge_with(OmegaConf.create(OmegaConf.to_container(keys, resolve=True)))
         cfg.dataset = cfg.dataset_val = None
         cfg.prompts = cfg.prompts_val
@@ -287,10 +299,6 @@ def train(run: Run) -> None:
         finally:
             recipe.cleanup()
     write_result(run.cfg, recipe.last_logged)
-    del recipe
-    gc.collect()  # the next run needs the memory
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     if exit_code:
         raise SystemExit(exit_code)
 

@@ -38,6 +38,7 @@ def test_lists_that_are_no_values_to_try_are_refused(argument, problem):
         ("optimizer.betas", (0.9, 0.95)),  # by the annotation
         ("model.lora_attn_modules", ("q_proj", "v_proj")),
         ("checkpointer.checkpoint_files", ("a", "b")),  # by what the config has
+        ("dataset.data_files", ("a.jsonl", "b.jsonl")),  # which may be one data set of two files
     ],
 )
 def test_a_key_that_takes_a_list_is_swept_by_lists_of_lists(key, values):
@@ -52,9 +53,19 @@ def test_a_key_that_takes_a_list_is_swept_by_lists_of_lists(key, values):
     assert found == [list(values), list(values[:1])]
 
 
-@pytest.mark.parametrize("key", ["loss.beta", "optimizer.lr", "dataset.num_pairs", "dataset.data_files", "seed"])
+@pytest.mark.parametrize("key", ["loss.beta", "optimizer.lr", "dataset.num_pairs", "seed"])
 def test_other_keys_are_swept_by_plain_lists(key):
     check_axes(CFG, [Axis(key, (1, 2))])
+
+
+def test_what_is_below_a_key_that_is_never_swept_is_not_swept_either():
+    assert take_axes(["judge.path=[a]", "loss.beta=[1]"], ("judge",)) == ([Axis("loss.beta", (1,))], ["judge.path=[a]"])
+
+
+@pytest.mark.parametrize("values", [(1, "1"), ("prefix_sharing.losses.DPOLoss", "DPOLoss")])
+def test_values_that_would_share_a_directory_are_refused(values):
+    with pytest.raises(ConfigError, match="two runs would be called"):
+        check_axes(CFG, [Axis("loss", values)])
 
 
 def test_what_the_sweep_sets_and_keys_given_twice_are_refused():

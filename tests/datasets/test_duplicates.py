@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 
 from prefix_sharing.datasets import prefix_preference_dataset
+from prefix_sharing.datasets.choosing import RecordReader
 from prefix_sharing.datasets.choosing.duplicates import Exact, MinHash
-from prefix_sharing.errors import UserError
+from prefix_sharing.datasets.forms import FORMS
+from prefix_sharing.datasets.source import Source
+from prefix_sharing.datasets.tokenizing import PreferenceOptions
+from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.quickstart import tokenizer
 from records import prompts_of, read_prompts, write
 
@@ -80,10 +84,30 @@ def test_exact_duplicates_are_those_of_a_dictionary(two_thousand):
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.9, 1.0])
 @pytest.mark.parametrize("num_perm", [16, 128, 256])
 def test_bands_miss_few_pairs_at_the_threshold(threshold, num_perm):
+    if (1 - threshold) ** num_perm > 0.01:
+        with pytest.raises(ConfigError, match="'num_perm': is too low for a threshold of"):
+            MinHash(threshold=threshold, num_perm=num_perm)
+        return
     bands, rows = MinHash(threshold=threshold, num_perm=num_perm).bands()
     assert bands * rows <= num_perm
-    if (1 - threshold) ** num_perm <= 0.01:
-        assert (1 - threshold**rows) ** bands <= 0.01
+    assert (1 - threshold**rows) ** bands <= 0.01
+
+
+def test_calls_of_tools_and_tools_that_are_offered_tell_records_apart(tmp_path):
+    def record(name, tools=()):
+        call = {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": {}}}]}
+        user = {"role": "user", "content": "weather?"}
+        return {
+            "chosen": [user, call],
+            "rejected": [user, {"role": "assistant", "content": "No."}],
+            "tools": list(tools),
+        }
+
+    records = [record("a"), record("b"), record("a"), record("a", [{"type": "function", "function": {"name": "a"}}])]
+    source = Source("json", "train", {"data_files": write(tmp_path / "calls.jsonl", records)})
+    read = RecordReader(source.load(), FORMS["messages"], PreferenceOptions()).read({})
+    assert Exact("prompt_and_answers").find(read).tolist() == [0, 1, 0, 3]
+    assert Exact("prompt").find(read).tolist() == [0, 0, 0, 3]
 
 
 def test_the_first_is_kept_in_the_order_of_records(tmp_path, caplog):

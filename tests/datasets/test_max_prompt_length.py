@@ -54,6 +54,18 @@ def test_tokens_are_those_of_older_trl(data):
     assert line["num_cut"] == beyond
 
 
+def test_nothing_of_an_answer_is_cut_where_another_prompt_is_longer():
+    def turns(*contents):
+        roles = ["user", "assistant"] * 2
+        return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+
+    record = {"chosen": turns("boat", "bread " * 30), "rejected": turns("boat", "we", "found " * 20, "butter")}
+    whole = line_of(record, masking_strategy="train_on_last")
+    shorter = min(flags.index(True) for flags in whole["scored"])
+    line = line_of(record, max_prompt_length=1, max_seq_len=40, masking_strategy="train_on_last")
+    assert line["tokens"] == [tokens[shorter:][:40] for tokens in whole["tokens"]]
+
+
 def test_earlier_turns_belong_to_the_prompt():
     def turns(*contents):
         roles = ["user", "assistant"] * 2

@@ -99,7 +99,7 @@ def test_long_conversations_are_split_at_turns(tmp_path, caplog):
     records = [{"messages": chat("Q", "A"), "id": 7}, {"messages": long, "id": 8}, {"messages": chat("R", "B")}]
     with caplog.at_level(logging.INFO, "prefix_sharing"):
         dataset = build(tmp_path, records, truncation="split_turns", max_seq_len=80)
-    assert "1 of 3 conversations are longer than max_seq_len; they are split at turns into" in caplog.text
+    assert "1 of 3 conversations, longer than max_seq_len, are split at turns into" in caplog.text
     assert "not used: column id" in caplog.text
     parts = range(1, len(dataset) - 1)
     assert len(parts) > 2
@@ -157,6 +157,7 @@ def test_a_template_without_a_place_for_a_system_turn_is_named(tmp_path):
         ([{"prompt": "Q", "chosen": "A", "rejected": "B"}], {}, "'truncation': split_turns is for conversations"),
         ([{"messages": chat("Q", "A")}], {"masking_strategy": "train_on_last"}, "'masking_strategy': train_on_last"),
         ([{"messages": chat("Q", "A")}], {"record_fn": "copy.copy"}, "'record_fn': not used with truncation"),
+        ([{"messages": chat("Q", "A")}], {"filter_fn": "copy.copy"}, "'filter_fn': not used with truncation"),
     ],
 )
 def test_what_does_not_go_with_splitting_is_refused(tmp_path, records, keys, match):

@@ -181,6 +181,7 @@ def test_answers_of_each_run_are_judged(sweep, tmp_path):
     ("arguments", "keys", "problem"),
     [
         ([], {}, "There is nothing to sweep"),
+        (["loss.beta=[0.1]"], {"measures": []}, "'measures': is empty"),
         (["loss.beta=[0.1,much]"], {}, "'loss.beta': must be a number, but is 'much'"),
         (["loss.bta=[0.1,0.2]"], {}, "'loss.bta': unknown argument"),
         (["seed=[1,2]"], {"seeds": 2}, "'seeds': not used while seed is swept"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
+from prefix_sharing.errors import ConfigError
 from prefix_sharing.run.schedules import cosine_schedule, linear_schedule
 
 
@@ -18,7 +19,15 @@ def rates(schedule, num_training_steps, **kwargs):
     return [*found, optimizer.param_groups[0]["lr"]]
 
 
-@pytest.mark.parametrize(("steps", "ratio", "rising"), [(40, 0.1, 4), (15, 0.1, 2), (7, 0.0, 0), (1, 0.1, 1)])
+@pytest.mark.parametrize("schedule", [cosine_schedule, linear_schedule])
+def test_a_ratio_is_a_share(schedule):
+    with pytest.raises(ConfigError, match="'warmup_ratio': must be a share from 0 to 1, but is 10"):
+        rates(schedule, 40, warmup_ratio=10)
+
+
+@pytest.mark.parametrize(
+    ("steps", "ratio", "rising"), [(40, 0.1, 4), (15, 0.1, 2), (100, 0.07, 7), (7, 0.0, 0), (1, 0.1, 1)]
+)
 def test_schedules_are_those_of_torchtune_and_transformers(steps, ratio, rising):
     transformers = pytest.importorskip("transformers")
     expected = rates(get_cosine_schedule_with_warmup, steps, num_warmup_steps=rising)

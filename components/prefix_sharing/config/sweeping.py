@@ -51,7 +51,7 @@ def take_axes(arguments: Sequence[str], own: Collection[str] = ()) -> tuple[list
 
     Args:
         arguments (Sequence[str]): such as ``--config C loss.beta=[0.01,0.1] epochs=2``.
-        own (Collection[str]): keys that are never swept. Default: ().
+        own (Collection[str]): keys that are never swept, nor what is below them. Default: ().
 
     Returns:
         tuple[list[Axis], list[str]]: the axes, and the arguments that are left.
@@ -63,7 +63,7 @@ def take_axes(arguments: Sequence[str], own: Collection[str] = ()) -> tuple[list
     left: list[str] = []
     for argument in arguments:
         key, _, text = argument.partition("=")
-        if not text.lstrip().startswith("[") or key.startswith(("-", "~")) or key in own:
+        if not text.lstrip().startswith("[") or key.startswith(("-", "~")) or key.partition(".")[0] in own:
             left.append(argument)
             continue
         try:
@@ -100,9 +100,15 @@ def check_axes(cfg: DictConfig, axes: Sequence[Axis]) -> None:
                 "takes a list itself: values to try are a list of lists, and [[a, b]] sets it to [a, b] in all runs"
             )
             raise ConfigError(axis.key, problem)
+    names = [run_name(axes, point) for point in grid(axes)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(axes[0].key, f"two runs would be called {twice}; write the values so that they differ")
 
 
 def _takes_list(cfg: DictConfig, key: str) -> bool:
+    if key.rpartition(".")[2] == "data_files":  # which datasets.load_dataset takes one or several of
+        return True
     if OmegaConf.is_list(OmegaConf.select(cfg, key, throw_on_resolution_failure=False)):
         return True
     node, _, argument = key.rpartition(".")

@@ -254,11 +254,18 @@ def _tokenize(
     except MalformedRecordError as error:
         raise UserError(f"{records.describe(error.index)}: {error.problem}.") from error
     check_malformed(tokenized, records, options.max_malformed)
+    by_prompt = options.group_by_prompt or form.by_prompt
+    if form.by_prompt and choice.selection is not None:
+        problem = f"not used with format {form.name}, whose records are answers: it would tear prompts apart"
+        raise ConfigError("select", f"{problem}; group them first, in a file of responses and scores")
+    if by_prompt and choice.duplicates is not None and choice.duplicates.over == "prompt":
+        problem = "prompt would keep one record of each prompt, of those to be merged; use prompt_and_answers"
+        raise ConfigError("deduplicate.over", problem)
     reader = RecordReader(records, form, options, choice.score_columns)
     left_out = np.full(len(rows), "", dtype=object)
     usable = pc.indices_nonzero(pc.equal(tokenized.data.column("dropped"), "")).to_numpy().astype(np.int64)
     left_out[usable] = choice.left_out(Candidates([reader], usable, [records.name], records.describe), records.name)
-    if options.group_by_prompt or form.by_prompt:
+    if by_prompt:
         tokenized = merge_by_prompt(tokenized, records.name, options.pairs, left_out)
     dataset = PrefixPreferenceDataset(tokenized, name, left_out=left_out, reader=reader)
     log.info("%r", dataset)

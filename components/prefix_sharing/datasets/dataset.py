@@ -163,6 +163,8 @@ class PrefixPreferenceDataset(Dataset):
 
     def describe(self, index: int) -> str:
         """Where an example comes from, for messages."""
+        if self.reader is not None and self.reader.records.origin is not None:
+            return self.reader.records.describe(int(self.record_index[index]))
         return f"record {self.record_index[index]} of the split of {self.name}"
 
     def sizes(self, share_prefix: bool = True) -> TreeSizes:

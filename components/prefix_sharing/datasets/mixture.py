@@ -66,13 +66,14 @@ class Share:
     def __post_init__(self) -> None:
         if self.fraction is not None and not (_is_number(self.fraction) and 0 < self.fraction <= 1):
             raise ConfigError("fraction", f"must be above 0 and at most 1, but is {self.fraction}")
-        if self.max_examples is not None and not (isinstance(self.max_examples, int) and self.max_examples >= 1):
+        most = self.max_examples
+        if most is not None and not (_is_number(most) and most >= 1 and most == int(most)):
             raise ConfigError("max_examples", f"must be a whole number of at least 1, but is {self.max_examples}")
 
     def limit(self, size: int) -> int:
         """How many of so many examples there are to be taken; at least one."""
         size = max(1, round(size * self.fraction)) if self.fraction is not None else size
-        return min(size, self.max_examples) if self.max_examples is not None else size
+        return min(size, int(self.max_examples)) if self.max_examples is not None else size
 
 
 def preference_mixture(
@@ -135,7 +136,8 @@ def preference_mixture(
             raise ConfigError(f"datasets[{i}].packed", "not used: a mixture is packed as a whole, with packing: step")
         with explained(f"datasets[{i}]"):
             shares_of.append(Share(**{name: node.pop(name, None) for name in Share.__dataclass_fields__}))
-        columns = node.pop("scores", None) if choice.needs_scores and "select" not in node else None
+            own = Choice.from_keys(select=node.get("select"))
+        columns = node.pop("scores", None) if choice.needs_scores and not own.needs_scores else None
         component = OmegaConf.create({"_component_": _BUILDER, **node})
         part = instantiate(f"datasets[{i}]", component, tokenizer)
         if columns is not None and part.reader is not None:
@@ -218,7 +220,7 @@ def shares(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:
     """
     if all(weight is None for weight in weights):
         return list(sizes)
-    if not all(isinstance(weight, (int, float)) and weight > 0 for weight in weights):
+    if not all(_is_number(weight) and weight > 0 for weight in weights if weight is not None) or None in weights:
         raise ConfigError("datasets", f"every data set or none has a positive weight, but the weights are {weights}")
     positive = [weight for weight in weights if weight is not None]
     per_weight = min(size / weight for size, weight in zip(sizes, positive, strict=True))

@@ -46,6 +46,9 @@ def split_at_turns(records: Records, tokenize: TokenizeRecord, num_proc: int | N
         raise ConfigError("masking_strategy", f"{problem}; use train_on_assistant, or truncation: keep_end")
     if options.record_fn is not None:
         raise ConfigError("record_fn", "not used with truncation: split_turns; write the records it makes to a file")
+    if options.filter_fn is not None:
+        problem = "not used with truncation: split_turns, where it would be asked of every part"
+        raise ConfigError("filter_fn", f"{problem}; write the records it keeps to a file")
     rows = records.rows.map(
         _SplitRecords(tokenize),
         batched=True,
@@ -58,7 +61,7 @@ def split_at_turns(records: Records, tokenize: TokenizeRecord, num_proc: int | N
     origin = rows.data.column(_ORIGIN).to_numpy()
     _, parts = np.unique(origin, return_counts=True)
     log.info(
-        "%s: %s of %s conversations are longer than max_seq_len; they are split at turns into %s",
+        "%s: %s of %s conversations, longer than max_seq_len, are split at turns into %s parts",
         records.name,
         f"{int((parts > 1).sum()):,}",
         f"{len(records.rows):,}",

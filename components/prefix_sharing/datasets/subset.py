@@ -44,6 +44,7 @@ def random_subset(
                 _component_: prefix_sharing.datasets.prefix_preference_dataset
                 data_files: my_pairs.jsonl
     """
+    examples = int(examples)  # 1e4 is a float to YAML
     if examples < 1:
         raise ConfigError("examples", f"must be at least 1, but is {examples}")
     whole = instantiate("dataset", OmegaConf.create(dict(dataset)), tokenizer)

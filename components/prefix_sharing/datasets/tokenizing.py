@@ -223,7 +223,7 @@ class TokenizeRecord:
             int(np.argmax(self.chat_of(turns, given, comparison, "train_on_last").scored))
             for turns, given in zip(comparison.conversations, comparison.given, strict=True)
         ]
-        return max(0, max(prompts) - most)
+        return max(0, min(max(prompts) - most, min(prompts)))  # nothing of an answer to a shorter prompt
 
     def _example_of(
         self, comparison: Comparison, chats: Sequence[TokenizedChat], unused: Sequence[str]

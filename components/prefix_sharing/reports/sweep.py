@@ -15,7 +15,7 @@ CAUTION = (
 )
 """What goes under every table."""
 
-_LOWER_IS_BETTER = ("loss", "perplexity", "ppl", "kl", "nll")
+_LOWER_IS_BETTER = ("loss", "perplexity", "ppl", "kl", "nll", "byte")
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ class Choice:
             is_missing = np.isnan(values).any(axis=1) | (values.shape[1] == 0)
             if is_missing.all():
                 raise ConfigError("select", f"no record of {name} has {self._what(needed)}")
-            if is_missing.any():  # nobody has no length
+            if is_missing.any():  # lengths are never missing, and _NO_NUMBER has no words for them
                 against[is_missing & (against == "")] = _NO_NUMBER[needed]
         left = np.flatnonzero(against == "")
         against[left] = selection.choose(pool.only(left))
@@ -138,7 +138,7 @@ class Choice:
 
     def _pool_of(self, candidates: Candidates, selection: Selection, name: str) -> Pool:
         columns: dict[str, Sequence[str]] = {}
-        if self.needs_scores:
+        if self.needs_scores and isinstance(self.scores, Columns):
             columns[SCORES] = self.score_columns
         if isinstance(self.raw, Columns):
             columns[RAW] = self.raw.names
@@ -194,7 +194,7 @@ def _widened(values: np.ndarray, width: int) -> np.ndarray:
 def _read_selection(value: Any) -> Selection | None:
     if value is None:
         return None
-    if not isinstance(value, Mapping) or value.get("by") not in SELECTIONS:
+    if not isinstance(value, Mapping) or value.get("by") not in list(SELECTIONS):
         given = value.get("by") if isinstance(value, Mapping) else value
         problem = f"must be one of {', '.join(SELECTIONS)}, but is {given}.{did_you_mean(str(given), list(SELECTIONS))}"
         raise ConfigError("select.by", problem)
@@ -207,7 +207,7 @@ def _read_duplicates(value: Any) -> Exact | MinHash | None:
         return None
     keys = dict(value) if isinstance(value, Mapping) else {"method": value}
     method = keys.pop("method", "exact")
-    if method not in _METHODS:
+    if method not in list(_METHODS):
         raise ConfigError("deduplicate.method", f"must be one of {', '.join(_METHODS)}, but is {method}")
     return read_keys(_METHODS[method], "deduplicate", keys, f"deduplicate by {method}")
 

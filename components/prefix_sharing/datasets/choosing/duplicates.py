@@ -54,7 +54,7 @@ class Exact:
 
     def find(self, read: datasets.Dataset) -> np.ndarray:
         """The first line that says what a line says, which may be itself, shape ``[n]``."""
-        names = ["prompt"] if self.over == "prompt" else ["prompt", "answers"]
+        names = ["prompt_key"] if self.over == "prompt" else ["prompt_key", "answers_key"]
         first: dict[bytes, int] = {}
         found = np.empty(len(read), dtype=np.int64)
         line = 0
@@ -87,6 +87,9 @@ class MinHash:
             raise ConfigError("threshold", f"must be above 0 and at most 1, but is {self.threshold}")
         if self.num_perm < 2:
             raise ConfigError("num_perm", f"must be at least 2, but is {self.num_perm}")
+        if (1 - self.threshold) ** self.num_perm > _MISSED:
+            problem = f"is too low for a threshold of {self.threshold}: more than 1 % of such pairs would be missed"
+            raise ConfigError("num_perm", problem)
         if self.ngram_size < 1:
             raise ConfigError("ngram_size", f"must be at least 1, but is {self.ngram_size}")
         try:

@@ -44,5 +44,7 @@ def read_keys(kind: type[T], key: str, values: Mapping[str, Any], what: str) -> 
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
             raise ConfigError(f"{key}.{name}", f"required by {what}, but not set")
+    # 1e4 is a float to YAML.
+    given = {name: int(value) if hints[name] is int else value for name, value in values.items()}
     with explained(key):
-        return kind(**values)
+        return kind(**given)

@@ -13,7 +13,7 @@ from prefix_sharing.datasets.forms.record import as_number
 from prefix_sharing.datasets.source import Records, to_record
 from prefix_sharing.datasets.tokenizing import PreferenceOptions, belong_to_map, prepare_record, processes_for
 from prefix_sharing.errors import UserError
-from prefix_sharing.fingerprint import code_fingerprint, source_of
+from prefix_sharing.fingerprint import code_fingerprint, fingerprint, source_of
 
 SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"),
@@ -26,6 +26,8 @@ SCORES, RAW = OF_ANSWERS = ("scores", "raw")
 """The names of numbers that are read of answers: scores, and a reward model's raw values."""
 
 _FEATURES = {
+    "prompt_key": datasets.Value("string"),  # fingerprint of all that the model is given
+    "answers_key": datasets.Value("string"),  # fingerprint of all turns
     "prompt": datasets.Value("large_string"),  # its turns as JSON
     "answers": datasets.Sequence(datasets.Value("large_string")),  # best first
     "one_prompt": datasets.Value("bool"),  # whether all answers have this prompt
@@ -98,7 +100,8 @@ class _ReadRecord:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         line: dict[str, Any] = {name: [] for name in self.columns}
-        line |= {"prompt": "", "answers": [], "one_prompt": False, "num_answers": 0, "length": 0, "problem": ""}
+        line |= {"prompt_key": "", "answers_key": "", "prompt": "", "answers": [], "one_prompt": False}
+        line |= {"num_answers": 0, "length": 0, "problem": ""}
         try:
             values = prepare_record(to_record(row, self.is_json), self.options.record_fn)
             comparison = self.form.read(Record(values, self.options.column_map))
@@ -106,6 +109,8 @@ class _ReadRecord:
             return line  # tokenizing says what is wrong with it
         prompts = [turns[:-1] for turns in comparison.conversations]
         answers = [str(turns[-1].get("content", "")) for turns in comparison.conversations]
+        line["prompt_key"] = fingerprint([prompts[0], comparison.tools, comparison.template_kwargs])
+        line["answers_key"] = fingerprint(comparison.conversations)
         line["prompt"] = json.dumps(prompts[0], ensure_ascii=False)
         line["answers"] = answers
         line["one_prompt"] = all(prompt == prompts[0] for prompt in prompts)
@@ -135,8 +140,14 @@ def _numbers(
     if len(found) == 1 and isinstance(found[0], list):
         found, keys = found[0], [f"{columns[0]}[{i}]" for i in range(len(found[0]))]
     numbers = [_number(value, key) for value, key in zip(found, keys, strict=True)]
-    if name not in OF_ANSWERS or all(number is None for number in numbers):
-        return [number for number in numbers if number is not None]
+    if all(number is None for number in numbers):
+        return []
+    if name not in OF_ANSWERS:
+        if None in numbers:
+            raise RecordError(columns[0], "has an element that is no number")
+        if name == "complexity" and len(numbers) > 1:
+            raise RecordError(columns[0], f"must be one number, but has {len(numbers)}")
+        return numbers
     if len(numbers) != expected:
         problem = f"must have {expected} scores, one for each answer, but has {len(numbers)}"
         if len(columns) > 1:

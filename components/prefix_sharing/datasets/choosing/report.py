@@ -27,7 +27,7 @@ def log_selection(selection: Selection, pool: Pool, against: np.ndarray, candida
     why = f" ({', '.join(f'{reason}: {n:,}' for reason, n in sorted(counts.items()))})" if counts else ""
     log.info("%s: select by %s takes %s of %s examples%s", name, by, f"{len(taken):,}", f"{len(against):,}", why)
     if len(taken) < selection.budget:
-        problem = "that is every example that can be selected"
+        problem = f"only {len(taken):,} examples can be selected; all of them are taken"
         log.warning("%s: the budget is %s, but %s", name, f"{selection.budget:,}", problem)
     for needed in selection.needs:
         values = getattr(pool, needed)

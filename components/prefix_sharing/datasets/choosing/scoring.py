@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Protocol
 
@@ -110,7 +111,8 @@ def read_scores(key: str, value: Any) -> Scores:
         return Columns(tuple(value))
     if isinstance(value, Mapping) and "_component_" in value:
         sources = [source for text in value.values() if (source := _source_named(text)) is not None]
-        made_by = [json.dumps(value, sort_keys=True, default=str), sources, code_fingerprint("judging")]
+        states = [_state_of(text) for text in value.values()]
+        made_by = [json.dumps(value, sort_keys=True, default=str), sources, states, code_fingerprint("judging")]
         return Judged(instantiate(key, OmegaConf.create(dict(value))), Hasher.hash(made_by))
     if callable(value):
         return Judged(value, Hasher.hash([value, source_of(value)]))
@@ -134,6 +136,16 @@ def read_columns(key: str, value: Any) -> tuple[str, ...]:
     if not isinstance(scores, Columns):
         raise ConfigError(key, "must name columns; a judge belongs to what selects")
     return scores.names
+
+
+def _state_of(value: Any) -> list[tuple[str, int, int]]:
+    """Size and time of the files that a judge's argument names, so that its scores are not kept once they change."""
+    try:
+        path = Path(value)
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except (OSError, TypeError, ValueError):
+        return []
 
 
 def _source_named(text: Any) -> str | None:
