@@ -1,10 +1,10 @@
 """Learning rate schedules that warm up over a share of a run, whatever its number of steps."""
 
 import math
+from collections.abc import Callable
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
 from prefix_sharing.errors import ConfigError
 
@@ -20,6 +20,9 @@ def cosine_schedule(optimizer: Optimizer, num_training_steps: int, warmup_ratio:
     Returns:
         LambdaLR: the schedule.
 
+    Raises:
+        ConfigError: if ``warmup_ratio`` is no share.
+
     Example:
         .. code-block:: yaml
 
@@ -27,34 +30,19 @@ def cosine_schedule(optimizer: Optimizer, num_training_steps: int, warmup_ratio:
               _component_: prefix_sharing.run.schedules.cosine_schedule
               warmup_ratio: 0.1
     """
-    num_warmup_steps = _warmup_steps(warmup_ratio, num_training_steps)
-    return get_cosine_schedule_with_warmup(
-        optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps
-    )
+    return _schedule(optimizer, num_training_steps, warmup_ratio, lambda done: 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def linear_schedule(optimizer: Optimizer, num_training_steps: int, warmup_ratio: float = 0.1) -> LambdaLR:
-    """Rises linearly, then falls to 0 linearly, for a config's ``lr_scheduler``.
-
-    Args:
-        optimizer (Optimizer): whose learning rate it is.
-        num_training_steps (int): of the run, which the recipe knows.
-        warmup_ratio (float): share of the steps in which it rises, rounded up. Default: 0.1.
-
-    Returns:
-        LambdaLR: the schedule.
-    """
-    rising = _warmup_steps(warmup_ratio, num_training_steps)
-
-    def factor(step: int) -> float:
-        if step < rising:
-            return step / rising
-        return (num_training_steps - step) / max(1, num_training_steps - rising)
-
-    return LambdaLR(optimizer, factor)
+    """Rises linearly, then falls to 0 linearly; otherwise as ``cosine_schedule``."""
+    return _schedule(optimizer, num_training_steps, warmup_ratio, lambda done: 1 - done)
 
 
-def _warmup_steps(ratio: float, num_training_steps: int) -> int:
+def _schedule(optimizer: Optimizer, num_steps: int, ratio: float, falling: Callable[[float], float]) -> LambdaLR:
     if not 0 <= ratio <= 1:
         raise ConfigError("warmup_ratio", f"must be a share from 0 to 1, but is {ratio}")
-    return math.ceil(round(ratio * num_training_steps, 6))
+    rising = math.ceil(round(ratio * num_steps, 6))  # 0.07 * 100 is a little above 7
+    return LambdaLR(
+        optimizer,
+        lambda step: step / rising if step < rising else falling((step - rising) / max(1, num_steps - rising)),
+    )
