@@ -42,7 +42,8 @@ def _schedule(optimizer: Optimizer, num_steps: int, ratio: float, falling: Calla
     if not 0 <= ratio <= 1:
         raise ConfigError("warmup_ratio", f"must be a share from 0 to 1, but is {ratio}")
     rising = math.ceil(round(ratio * num_steps, 6))  # 0.07 * 100 is a little above 7
-    return LambdaLR(
-        optimizer,
-        lambda step: step / rising if step < rising else falling((step - rising) / max(1, num_steps - rising)),
-    )
+
+    def factor(step: int) -> float:
+        return step / rising if step < rising else falling((step - rising) / max(1, num_steps - rising))
+
+    return LambdaLR(optimizer, factor)
