@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import prefix_dpo_single_device
 from prefix_sharing import cli
 from prefix_sharing.checkpoint import read_checkpoint
 from prefix_sharing.errors import UserError
+from prefix_sharing.run import directory as run_directory
 from prefix_sharing.run.directory import locked_output_dir
 from runs import evaluated_log_probs, lora, losses, make_config, make_recipe, read_log, run_in_process
 
@@ -329,6 +331,17 @@ def test_too_little_room_is_found_before_training(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=message):
         run_in_process(tmp_path, **KEYS)
     assert not list(tmp_path.glob("logs/*"))
+
+
+def test_too_little_room_for_the_model_on_a_disk_of_its_own_is_found(tmp_path, monkeypatch):
+    disk_of, models = run_directory._disk_of, tmp_path / "models"
+    monkeypatch.setattr(run_directory, "_disk_of", lambda path: SimpleNamespace(st_dev=int(path == str(models))))
+    usage = lambda path: shutil._ntuple_diskusage(10**9, 0, 10**6 if path == models else 10**8)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    models.mkdir()
+    with pytest.raises(UserError, match=r"'checkpointer.output_dir': .*models has 1\.0 MB free, but the trained model"):
+        run_in_process(tmp_path / "run", **KEYS | {"checkpointer.output_dir": str(models)})
+    assert disk_of(str(tmp_path / "nowhere" / "yet")).st_dev == tmp_path.stat().st_dev
 
 
 @pytest.mark.slow

@@ -160,13 +160,38 @@ def check_room(cfg: DictConfig, model: TreeModel, optimizer: Optimizer) -> None:
     exported = trained if model.has_adapter and cfg.save_adapter_weights_only else everything
     if cfg.checkpointer.get("save_dtype") == "bf16":
         exported //= 2
-    free = broadcast_object(shutil.disk_usage(cfg.output_dir).free if is_rank_zero() else 0)
-    if checkpoint + exported > free:
-        problem = (
-            f"{cfg.output_dir} has {readable_size(free)} free, but a training checkpoint takes "
-            f"{readable_size(checkpoint)} and the trained model {readable_size(exported)}; choose another disk"
+    a_checkpoint, the_model = f"a training checkpoint takes {readable_size(checkpoint)}", readable_size(exported)
+    exports = cfg.checkpointer.output_dir
+    if not is_rank_zero():
+        lacking = None
+    elif _disk_of(exports).st_dev == _disk_of(cfg.output_dir).st_dev:
+        both = f"{a_checkpoint} and the trained model {the_model}"
+        lacking = _lack_of_room("output_dir", cfg.output_dir, checkpoint + exported, both)
+    else:
+        lacking = _lack_of_room("output_dir", cfg.output_dir, checkpoint, a_checkpoint)
+        lacking = lacking or _lack_of_room(
+            "checkpointer.output_dir", exports, exported, f"the trained model takes {the_model}"
         )
-        raise ConfigError("output_dir", problem)
+    lacking = broadcast_object(lacking)
+    if lacking is not None:
+        raise ConfigError(*lacking)
+
+
+def _lack_of_room(key: str, directory: str, size: int, what: str) -> tuple[str, str] | None:
+    free = shutil.disk_usage(_existing(directory)).free
+    if size <= free:
+        return None
+    return key, f"{directory} has {readable_size(free)} free, but {what}; choose another disk"
+
+
+def _disk_of(directory: str) -> os.stat_result:
+    return _existing(directory).stat()
+
+
+def _existing(directory: str) -> Path:
+    """A directory that is there already, or the one that it will be made in."""
+    path = Path(directory).absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def run_id(cfg: DictConfig, resumed: TrainingCheckpoint | None, num_examples: int) -> str:
