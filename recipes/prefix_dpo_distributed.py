@@ -100,7 +100,7 @@ class PrefixDPORecipeDistributed:
         self.profiler = build_profiler(cfg)
         check_room(cfg, self.model, self.optimizer)
 
-        self.checkpointer, checkpoint = self.load_checkpoint()
+        self.checkpointer, checkpoint, reference = self.load_checkpoints()
         self.model.load_weights(checkpoint, self.seed)
         forget_later_entries(cfg, self.resumed, self.num_steps)
         if is_rank_zero():
@@ -113,7 +113,7 @@ class PrefixDPORecipeDistributed:
             self.reference, self.reference_val = set_up_reference(
                 cfg,
                 checkpoint,
-                self.load_reference(),
+                reference,
                 [(self.dataset, visited), (self.dataset_val, self.plan_val)],
                 seed=self.seed,
                 model=self.model,
@@ -124,13 +124,10 @@ class PrefixDPORecipeDistributed:
         if self.resumed is not None:
             load_checkpoint_into(self.resumed, self.model, self.optimizer, self.lr_scheduler)
 
-    def load_checkpoint(self) -> tuple[Any, Checkpoint]:
-        """What writes checkpoints, and the weights to begin with."""
-        return load_checkpoint("checkpointer", self.cfg.checkpointer, adapter=self.cfg.adapter_checkpoint)
-
-    def load_reference(self) -> Checkpoint | None:
-        """The weights of the reference, where they are not those to begin with."""
-        return load_reference(self.cfg)
+    def load_checkpoints(self) -> tuple[Any, Checkpoint, Checkpoint | None]:
+        """What writes checkpoints, the weights to begin with, and those of the reference where they are others."""
+        begin = load_checkpoint("checkpointer", self.cfg.checkpointer, adapter=self.cfg.adapter_checkpoint)
+        return *begin, load_reference(self.cfg)
 
     def new_model(self) -> TreeModel:
         """Allocates a sharded model without weights. They and optimizer state are fp32; layers cast to ``dtype``."""

@@ -154,14 +154,12 @@ class RoundOfTraining:
             if mean > _MOST_APART:
                 log.warning("That is more than %.2f: the sampler has other weights, or another precision.", _MOST_APART)
 
-    def load_checkpoint(self: Any) -> tuple[Any, Checkpoint]:
-        """What writes checkpoints, and the weights to begin with."""
-        checkpointer, checkpoint = super().load_checkpoint()  # type: ignore[misc]
-        return checkpointer, checkpoint if self.begins_with is None else self.begins_with
-
-    def load_reference(self: Any) -> Checkpoint | None:
-        """The weights of the reference, where they are not those to begin with."""
-        return super().load_reference() if self.measured_from is None else self.measured_from  # type: ignore[misc]
+    def load_checkpoints(self: Any) -> tuple[Any, Checkpoint, Checkpoint | None]:
+        """What writes checkpoints, the weights to begin with, and those of the reference where they are others."""
+        checkpointer, *weights = super().load_checkpoints()  # type: ignore[misc]
+        ours = (self.begins_with, self.measured_from)
+        begin, reference = (other if own is None else own for own, other in zip(ours, weights, strict=True))
+        return checkpointer, begin, reference
 
     def carry_optimizer(self: Any, checkpoints: Path) -> None:
         """Gives the optimizer the moments that it had at the end of another round."""

@@ -91,7 +91,7 @@ class PrefixDPORecipeSingleDevice:
         self.profiler = build_profiler(cfg)
         check_room(cfg, self.model, self.optimizer)
 
-        self.checkpointer, checkpoint = self.load_checkpoint()
+        self.checkpointer, checkpoint, reference = self.load_checkpoints()
         self.model.load_weights(checkpoint, self.seed)
         forget_later_entries(cfg, self.resumed, self.num_steps)
         self.metric_logger = instantiate("metric_logger", cfg.metric_logger)
@@ -103,7 +103,7 @@ class PrefixDPORecipeSingleDevice:
             self.reference, self.reference_val = set_up_reference(
                 cfg,
                 checkpoint,
-                self.load_reference(),
+                reference,
                 [(self.dataset, visited), (self.dataset_val, self.plan_val)],
                 seed=self.seed,
                 model=self.model,
@@ -114,13 +114,10 @@ class PrefixDPORecipeSingleDevice:
         if self.resumed is not None:
             load_checkpoint_into(self.resumed, self.model, self.optimizer, self.lr_scheduler)
 
-    def load_checkpoint(self) -> tuple[Any, Checkpoint]:
-        """What writes checkpoints, and the weights to begin with."""
-        return load_checkpoint("checkpointer", self.cfg.checkpointer, adapter=self.cfg.adapter_checkpoint)
-
-    def load_reference(self) -> Checkpoint | None:
-        """The weights of the reference, where they are not those to begin with."""
-        return load_reference(self.cfg)
+    def load_checkpoints(self) -> tuple[Any, Checkpoint, Checkpoint | None]:
+        """What writes checkpoints, the weights to begin with, and those of the reference where they are others."""
+        begin = load_checkpoint("checkpointer", self.cfg.checkpointer, adapter=self.cfg.adapter_checkpoint)
+        return *begin, load_reference(self.cfg)
 
     def new_model(self) -> TreeModel:
         """Allocates a model without weights. They and optimizer state are fp32; ``forward`` casts to ``dtype``."""

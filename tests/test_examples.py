@@ -56,6 +56,7 @@ def test_the_script_of_lions_is_ten_lines_of_commands_that_recipes_take(tmp_path
         cfg = OmegaConf.load(find_config(name))
         cfg.merge_with_dotlist(overrides)
         cfg = check_config(cfg, resolve_name(f"{recipe}:recipe_main").config_class)
-        assert cfg.get("dataset", cfg).get("data_files", "my pairs.jsonl") == "my pairs.jsonl"
+        data = cfg.prompts if "online" in name else cfg.dataset
+        assert data.data_files == "my pairs.jsonl"
     models = [call[call.index("--model_args") + 1] for call in map(json.loads, (tmp_path / "lm_eval").open())]
     assert [model.split("/")[1] for model in models] == ["base", "sft", "dpo", "online"]

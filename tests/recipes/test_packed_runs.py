@@ -114,7 +114,7 @@ def test_ranked_responses_train_packed(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"pack_len": 128}, r"'pack_len': record 31 of the split of .*pairs.jsonl makes 522 tokens, more than 128"),
+        ({"pack_len": 128}, r"'pack_len': .*pairs.jsonl, record 31 \(line 32\) makes 522 tokens, more than 128"),
         ({"global_batch_size": 99, "drop_last": True}, "'drop_last': leaves no steps of 45 examples"),
     ],
     ids=str,

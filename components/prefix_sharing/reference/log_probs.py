@@ -91,7 +91,7 @@ def set_up_reference(
     Args:
         cfg (DictConfig): the run's config.
         checkpoint (Checkpoint): what the run starts from.
-        other (Checkpoint | None): the reference, if it is not what the run starts from; see ``load_reference``.
+        other (Checkpoint | None): the reference, if it is not what the run starts from.
         passes (Sequence[tuple[PrefixPreferenceDataset | None, Plan | None]]): data sets, each with the plan of a pass
             over the examples that the run will read.
         seed (int): the run's seed, which decides a fresh adapter.
