@@ -1,8 +1,13 @@
 """The distributed recipe on gloo processes: the single-device loss curve, whatever the number of processes."""
 
+import json
+
 import pyarrow.parquet as pq
 import pytest
+from omegaconf import OmegaConf
 
+from prefix_sharing.config import find_config
+from prefix_sharing.quickstart.pairs import generate_pairs
 from processes import run_on_ranks
 from runs import SHORT, eval_log, load_plain_model, losses, run_distributed, run_in_process, tune_run, went_only_to
 
@@ -46,6 +51,27 @@ def test_two_copies_of_two_shards(tmp_path):
     keys = KEYS | {"gradient_accumulation_steps": 2, "data_parallel_replicate_dim": 2, "dataset_val": None}
     together = run_distributed(tmp_path / "together", 4, **keys)
     assert losses(together) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_nodes_without_a_common_cache_save_and_resume(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(f"{json.dumps(pair)}\n" for pair in generate_pairs(48, seed=3)))
+    dataset = {"_component_": "prefix_sharing.datasets.prefix_preference_dataset", "data_files": str(file)}
+    keys = {key: value for key, value in KEYS.items() if not key.startswith("dataset")}
+    keys |= {"dataset_val": None, "max_steps_per_epoch": None, "seed": 3, "self_check": False}
+    run_in_process(tmp_path / "alone", **keys | {"dataset": dataset, "gradient_accumulation_steps": 4})
+    cfg = OmegaConf.load(find_config("quickstart/distributed"))
+    cfg.dataset = dataset
+    OmegaConf.save(cfg, tmp_path / "nodes.yaml")
+    keys |= {"gradient_accumulation_steps": 2, "save_every_n_steps": 2, "keep_last_n": 9}
+    nodes = {"config": str(tmp_path / "nodes.yaml"), "on_nodes_of_their_own": True}
+    whole = run_distributed(tmp_path / "whole", 2, **nodes, **keys)
+    assert all(any((tmp_path / "whole" / f"node_{rank}").rglob("*.arrow")) for rank in range(2))
+    assert losses(whole) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+    went_only_to(4, whole, tmp_path / "parts" / "out")
+    parts = run_distributed(tmp_path / "parts", 2, **nodes, **keys | {"resume": "auto"})
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-6)
 
 
 @pytest.mark.slow

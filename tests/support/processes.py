@@ -28,7 +28,7 @@ def _run(main, arguments, cwd, environment, outputs, start_method):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), descriptor)
     os.chdir(cwd)
     os.environ.update(environment)
-    datasets.config.HF_DATASETS_CACHE = Path(cwd) / "datasets_cache"
+    datasets.config.HF_DATASETS_CACHE = Path(environment.get("HF_DATASETS_CACHE", Path(cwd) / "datasets_cache"))
     torch.set_num_threads(1)
     sys.argv = list(arguments)
     resolve_name(main)()
@@ -72,8 +72,11 @@ def run_forked(main, arguments, cwd, environments=({},), timeout=300):
     return subprocess.CompletedProcess(arguments, code, stdout, stderr)
 
 
-def run_on_ranks(main, arguments, cwd, num_processes, timeout=300):
-    """The same in one process group, with what torchrun tells its processes."""
+def run_on_ranks(main, arguments, cwd, num_processes, timeout=300, *, on_nodes_of_their_own=False):
+    """The same in one process group, with what torchrun tells its processes.
+
+    On nodes of their own they have no cache in common.
+    """
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     shared = {
         "WORLD_SIZE": str(num_processes),
@@ -85,4 +88,8 @@ def run_on_ranks(main, arguments, cwd, num_processes, timeout=300):
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+    if on_nodes_of_their_own:
+        for rank, environment in enumerate(ranks):
+            environment |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank)}
+            environment["HF_DATASETS_CACHE"] = str(Path(cwd) / f"node_{rank}")
     return run_forked(main, arguments, cwd, ranks, timeout)

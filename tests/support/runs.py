@@ -118,11 +118,17 @@ def tune_run_afresh(*arguments, cwd, timeout=300):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-def run_distributed(directory, num_processes, config="quickstart/distributed", **keys):
+def run_distributed(directory, num_processes, config="quickstart/distributed", *, on_nodes_of_their_own=False, **keys):
     """Runs the distributed recipe and returns its ``output_dir``."""
     directory.mkdir(exist_ok=True)
     arguments = ["prefix_dpo_distributed", "--config", config, *as_overrides(keys), "output_dir=out"]
-    done = run_on_ranks("prefix_dpo_distributed:recipe_main", arguments, directory, num_processes)
+    done = run_on_ranks(
+        "prefix_dpo_distributed:recipe_main",
+        arguments,
+        directory,
+        num_processes,
+        on_nodes_of_their_own=on_nodes_of_their_own,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return directory / "out"
 
