@@ -92,8 +92,9 @@ def test_seen_from_the_other_model_it_is_the_rest(seed, num):
         control_length(preferences, differences, difficulty),
         control_length(1 - preferences, -differences, difficulty),
     )
-    assert one.win_rate + other.win_rate == pytest.approx(1, abs=1e-9)
-    assert one.length == pytest.approx(other.length, abs=1e-8)
+    # Whoever compares losses finds the least one to about the square root of their rounding.
+    assert one.win_rate + other.win_rate == pytest.approx(1, abs=1e-7)
+    assert one.length == pytest.approx(other.length, abs=1e-6)
 
 
 @pytest.mark.parametrize("win_rate", [0.0, 1.0])

@@ -12,6 +12,7 @@ by length alone, and a penalty found by cross-validation; neither is there for p
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import minimize
 
 _PENALTY = 0.01
 """Weight of half the squared coefficients beside the sum of the log-losses: what keeps the fit finite where one model
@@ -60,29 +61,22 @@ def control_length(
 
 
 def _fit(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """The coefficients with the least penalized log-loss, by Newton's method."""
-    coefficients = np.zeros(features.shape[1])
-    loss = _loss(coefficients, features, targets)
-    for _ in range(100):
+    """The coefficients with the least penalized log-loss."""
+
+    def loss(coefficients: np.ndarray) -> float:
+        logits = features @ coefficients
+        losses = np.logaddexp(0, logits) - targets * logits
+        return float(losses.sum() + _PENALTY / 2 * coefficients @ coefficients)
+
+    def gradient(coefficients: np.ndarray) -> np.ndarray:
+        return features.T @ (_sigmoid(features @ coefficients) - targets) + _PENALTY * coefficients
+
+    def hessian(coefficients: np.ndarray) -> np.ndarray:
         expected = _sigmoid(features @ coefficients)
-        gradient = features.T @ (expected - targets) + _PENALTY * coefficients
-        if np.abs(gradient).max() <= 1e-12 * len(targets):
-            break
-        weights = expected * (1 - expected)
-        step = np.linalg.solve((features.T * weights) @ features + _PENALTY * np.eye(len(coefficients)), gradient)
-        size, reached = 1.0, loss
-        while size > 1e-9 and (reached := _loss(coefficients - size * step, features, targets)) > loss:
-            size /= 2  # a whole step may be too long
-        if reached > loss:
-            break  # as near as rounding allows
-        coefficients, loss = coefficients - size * step, reached
-    return coefficients
+        return (features.T * (expected * (1 - expected))) @ features + _PENALTY * np.eye(len(coefficients))
 
-
-def _loss(coefficients: np.ndarray, features: np.ndarray, targets: np.ndarray) -> float:
-    logits = features @ coefficients
-    losses = np.logaddexp(0, logits) - targets * logits
-    return float(losses.sum() + _PENALTY / 2 * coefficients @ coefficients)
+    start, options = np.zeros(features.shape[1]), {"gtol": 1e-10 * len(targets)}
+    return minimize(loss, start, jac=gradient, hess=hessian, method="trust-exact", options=options).x
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
