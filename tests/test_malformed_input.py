@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from prefix_sharing.checkpoint.training import _described, _with_checksum, newest_checkpoint, read_checkpoint
+from prefix_sharing.checkpoint.tensor_files import describe_file
+from prefix_sharing.checkpoint.training import _with_checksum, newest_checkpoint, read_checkpoint
 from prefix_sharing.config import TrainingConfig, check_config, find_config
 from prefix_sharing.datasets import prefix_preference_dataset
 from prefix_sharing.datasets.source import MAX_TEXT
@@ -121,7 +122,13 @@ def small_checkpoint(directory, **changes):
     directory.mkdir(exist_ok=True)
     shard = directory / "shard-00001-model.safetensors"
     shard.write_bytes(bytes(range(256)) * 4)
-    content = {"step": 3, "values": {"x": 0.1}, "run": {"id": "x"}, "files": {shard.name: _described(shard)}, **changes}
+    content = {
+        "step": 3,
+        "values": {"x": 0.1},
+        "run": {"id": "x"},
+        "files": {shard.name: describe_file(shard)},
+        **changes,
+    }
     given = {key: value for key, value in content.items() if value is not None}
     (directory / "checkpoint.json").write_bytes(_with_checksum(given))
     return directory

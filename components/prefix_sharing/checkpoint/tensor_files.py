@@ -3,9 +3,10 @@
 import json
 import os
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+import xxhash
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint.planner import TensorWriteData
@@ -23,10 +24,14 @@ class TensorFileWriter(HuggingFaceStorageWriter):
 
     Args:
         directory (Path): where they go.
+
+    Attributes:
+        files (dict[str, dict[str, Any]]): what ``describe_file`` says of those that this rank has written, by name.
     """
 
     def __init__(self, directory: Path) -> None:
         super().__init__(str(directory), save_distributed=True)
+        self.files: dict[str, dict[str, Any]] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Writes a rank's part, and waits until it is on the disk.
@@ -48,9 +53,26 @@ class TensorFileWriter(HuggingFaceStorageWriter):
             file = Path(self.path) / f"shard-{plan.storage_data['shard_index']:05}.safetensors"
             save_file(tensors, file, metadata={PLACES_IN_TENSORS: json.dumps(places)})
             bring_to_disk(file)
+            self.files[file.name] = describe_file(file)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
+
+
+def describe_file(file: Path) -> dict[str, Any]:
+    """Size and checksum of a file, by which damage is found.
+
+    Args:
+        file (Path): the file.
+
+    Returns:
+        dict[str, Any]: ``size`` in bytes, and ``xxh3``.
+    """
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(2**24):
+            digest.update(block)
+    return {"size": file.stat().st_size, "xxh3": digest.hexdigest()}
 
 
 def bring_to_disk(path: Path) -> None:

@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from prefix_sharing.checkpoint.state import UNFINISHED, readable_size
-from prefix_sharing.checkpoint.tensor_files import TensorFileWriter, bring_to_disk
+from prefix_sharing.checkpoint.tensor_files import TensorFileWriter, bring_to_disk, describe_file
 from prefix_sharing.distributed import broadcast_object, is_rank_zero, sum_over_ranks, this_rank
 from prefix_sharing.distributed.ranks import all_gather_objects
 from prefix_sharing.errors import UserError
@@ -74,6 +74,7 @@ class _Pending:
     """What is being written."""
 
     written: Future
+    writer: TensorFileWriter
     directory: Path
     content: dict[str, Any]
     size: int
@@ -133,14 +134,15 @@ class TrainingCheckpoints:
             json.dumps(content)  # what cannot be written is to be known at once
         except TypeError as error:
             raise UserError(f"The state of optimizer or schedule cannot be saved: {error}.") from error
+        writer = TensorFileWriter(directory)
         written = dcp.async_save(
             tensors,
-            storage_writer=TensorFileWriter(directory),
+            storage_writer=writer,
             process_group=self._group,
             no_dist=self._group is None,
         )
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        self._pending = _Pending(cast(Future, written), directory, content, size)
+        self._pending = _Pending(cast(Future, written), writer, directory, content, size)
 
     def poll(self) -> None:
         """Gives the checkpoint that is being written its name, if every rank has written its part."""
@@ -160,8 +162,7 @@ class TrainingCheckpoints:
         files, problem = {}, None
         try:
             pending.written.result()
-            mine = sorted(pending.directory.glob(f"shard-{this_rank().rank + 1:05}.safetensors"))
-            files = {file.name: _described(file) for file in mine}
+            files = pending.writer.files
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             problem = _could_not_be_written(pending, error)
         found = all_gather_objects((files, problem))
@@ -254,7 +255,7 @@ def read_checkpoint(directory: Path) -> TrainingCheckpoint:
         for name, expected in sorted(content["files"].items())[rank::world_size]:
             if not (directory / name).is_file():
                 problem = f"{name} is missing"
-            elif _described(directory / name) != expected:
+            elif describe_file(directory / name) != expected:
                 problem = f"{name} is not what was written"
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         problem = f"{_ABOUT} cannot be read ({type(error).__name__})"
@@ -348,14 +349,6 @@ def _with_checksum(content: dict[str, Any]) -> bytes:
     """What ``checkpoint.json`` holds: its last key is a checksum of the others, and what is read gives it again."""
     checksum = xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
     return json.dumps(content | {_CHECKSUM: checksum}, indent=1).encode()
-
-
-def _described(file: Path) -> dict[str, Any]:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(2**24):
-            digest.update(block)
-    return {"size": file.stat().st_size, "xxh3": digest.hexdigest()}
 
 
 def _step_of(directory: Path) -> int:
