@@ -48,7 +48,7 @@ from prefix_sharing.run.data import plan_of_pass
 from prefix_sharing.run.directory import CHECKPOINTS, full_disk_explained, locked_output_dir
 from prefix_sharing.run.optimization import choose_seed
 from prefix_sharing.run.setup import compute_dtype
-from prefix_sharing.run.signals import stop_signals
+from prefix_sharing.run.signals import run_to_end
 from prefix_sharing.sampling import Policy, Prompt, SamplingOptions
 from prefix_sharing.trees import RowOptions
 
@@ -345,15 +345,9 @@ class PrefixDPOOnline:
             recipe.measured_from = self.reference_before(number)
             if self.cfg.carry_optimizer:
                 recipe.optimizer_of = self.directory(number - 1) / CHECKPOINTS
+        self._policy = None  # the recipe has the weights now
         with locked_output_dir(cfg):
-            try:
-                recipe.setup()
-                self._policy = None  # the model has the weights now
-                with stop_signals() as stop:
-                    recipe.train(stop)
-                    exit_code = stop.exit_code()
-            finally:
-                recipe.cleanup()
+            exit_code = run_to_end(recipe)
         if is_rank_zero():
             trained.touch()
         wait_for_all_ranks()
@@ -365,15 +359,16 @@ class PrefixDPOOnline:
         cfg = self.cfg
         if cfg.online_reference == "previous" or cfg.ref_checkpointer is not None:
             return None
-        reference = self._checkpoint_after(-1)[0]
         if cfg.online_reference == "first":
-            return reference
+            return self._checkpoint_after(-1)[0]
         averages = [self.directory(k) / f"reference_{cfg.ref_model_mixup_alpha:g}" for k in range(number)]
         last = broadcast_object(max((k for k in range(number) if averages[k].is_dir()), default=-1))
-        if last >= 0:
+        if last < 0:
+            reference = self._checkpoint_after(-1)[0]
+        else:
             reference = read_weight_file(cfg.checkpointer, averages[last] / WEIGHTS)
         for k in range(last + 1, number):
-            both = (reference, self._checkpoint_after(k)[0])
+            both = (reference, self.policy_after(k)[0])
             weights = [merged_weights(cfg.model, checkpoint) if is_rank_zero() else {} for checkpoint in both]
             write_average(weights[0], weights[1], cfg.ref_model_mixup_alpha, averages[k])
             reference = read_weight_file(cfg.checkpointer, averages[k] / WEIGHTS)
@@ -388,7 +383,7 @@ class PrefixDPOOnline:
         if not broadcast_object(file.exists()):
             dataset = sampled_answers(answered, f"answers in {self.directory(number)}/held_out")
             cfg = OmegaConf.merge(self.training_config(number), {"compile": False})  # not for a few Rows
-            policies = [self._checkpoint_after(number)[0], self._checkpoint_after(-1)[0]]
+            policies = [self.policy_after(number)[0], self._checkpoint_after(-1)[0]]
             by_policy, by_first = self.round_class(cfg, self.device).log_probs(dataset, policies)
             tokens = HeldOut.of_rows(answered).lengths.sum()
             if is_rank_zero():

@@ -47,7 +47,7 @@ from prefix_sharing.run.optimization import choose_seed, clip_grad_norm, seed_st
 from prefix_sharing.run.out_of_memory import out_of_memory_explained
 from prefix_sharing.run.resuming import forget_later_entries, recall, remembered, stop_run, training_checkpoints
 from prefix_sharing.run.setup import compute_dtype, log_config, self_check
-from prefix_sharing.run.signals import StopRequest, stop_signals
+from prefix_sharing.run.signals import StopRequest, run_to_end
 from prefix_sharing.scoring import ResponseLogProbs
 from prefix_sharing.trees import Row
 
@@ -262,12 +262,7 @@ def recipe_main(cfg: DictConfig) -> None:
     set_up_logging()
     recipe = PrefixDPORecipeSingleDevice(cfg, set_up_device(cfg))
     with locked_output_dir(cfg), full_disk_explained(cfg):
-        try:
-            recipe.setup()
-            with stop_signals() as stop:
-                recipe.train(stop)
-        finally:
-            recipe.cleanup()
+        run_to_end(recipe)
 
 
 if __name__ == "__main__":

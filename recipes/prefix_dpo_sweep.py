@@ -37,7 +37,7 @@ from prefix_sharing.reports.sweep import CAUTION, Measured, plot_sweep, table_of
 from prefix_sharing.run import set_up_device, set_up_logging
 from prefix_sharing.run.directory import full_disk_explained, locked_output_dir
 from prefix_sharing.run.results import measured, read_result, write_result
-from prefix_sharing.run.signals import stop_signals
+from prefix_sharing.run.signals import run_to_end
 
 log = logging.getLogger("prefix_sharing.recipe")
 
@@ -291,13 +291,7 @@ def train(run: Run) -> None:
     cfg = run.cfg.copy()  # which learns of the device
     recipe = RunOfSweep(cfg, set_up_device(cfg))
     with locked_output_dir(cfg), full_disk_explained(cfg):
-        try:
-            recipe.setup()
-            with stop_signals() as stop:
-                recipe.train(stop)
-                exit_code = stop.exit_code()
-        finally:
-            recipe.cleanup()
+        exit_code = run_to_end(recipe)
     write_result(run.cfg, recipe.last_logged)
     if exit_code:
         raise SystemExit(exit_code)

@@ -135,12 +135,7 @@ class TrainingCheckpoints:
         except TypeError as error:
             raise UserError(f"The state of optimizer or schedule cannot be saved: {error}.") from error
         writer = TensorFileWriter(directory)
-        written = dcp.async_save(
-            tensors,
-            storage_writer=writer,
-            process_group=self._group,
-            no_dist=self._group is None,
-        )
+        written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         self._pending = _Pending(cast(Future, written), writer, directory, content, size)
 

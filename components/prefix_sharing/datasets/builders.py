@@ -224,6 +224,13 @@ def _tokenize(
     records: Records, tokenizer: ChatTokenizer, options: PreferenceOptions, choice: Choice
 ) -> PrefixPreferenceDataset:
     form = _form_of(records, options)
+    by_prompt = options.group_by_prompt or form.by_prompt
+    if form.by_prompt and choice.selection is not None:
+        problem = f"not used with format {form.name}, whose records are answers: it would tear prompts apart"
+        raise ConfigError("select", f"{problem}; group them first, in a file of responses and scores")
+    if by_prompt and choice.duplicates is not None and choice.duplicates.over == "prompt":
+        problem = "prompt would keep one record of each prompt, of those to be merged; use prompt_and_answers"
+        raise ConfigError("deduplicate.over", problem)
     if options.max_seq_len is None:
         options = replace(options, max_seq_len=tokenizer.max_seq_len)
     if options.max_prompt_length is not None:
@@ -254,13 +261,6 @@ def _tokenize(
     except MalformedRecordError as error:
         raise UserError(f"{records.describe(error.index)}: {error.problem}.") from error
     check_malformed(tokenized, records, options.max_malformed)
-    by_prompt = options.group_by_prompt or form.by_prompt
-    if form.by_prompt and choice.selection is not None:
-        problem = f"not used with format {form.name}, whose records are answers: it would tear prompts apart"
-        raise ConfigError("select", f"{problem}; group them first, in a file of responses and scores")
-    if by_prompt and choice.duplicates is not None and choice.duplicates.over == "prompt":
-        problem = "prompt would keep one record of each prompt, of those to be merged; use prompt_and_answers"
-        raise ConfigError("deduplicate.over", problem)
     reader = RecordReader(records, form, options, choice.score_columns)
     left_out = np.full(len(rows), "", dtype=object)
     usable = pc.indices_nonzero(pc.equal(tokenized.data.column("dropped"), "")).to_numpy().astype(np.int64)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,40 @@ class StopRequest:
         numbers[0], numbers[1] = self._signal, float(self._signal > 0)
         total, count = sum_over_ranks(numbers).tolist()
         return 128 + round(total / count) if count else 0
+
+
+class Recipe(Protocol):
+    """What ``run_to_end`` runs."""
+
+    def setup(self) -> None:
+        """Builds what training needs."""
+        ...
+
+    def train(self, stop: StopRequest) -> None:
+        """Trains, unless it is asked to stop."""
+        ...
+
+    def cleanup(self) -> None:
+        """Closes what is open."""
+        ...
+
+
+def run_to_end(recipe: Recipe) -> int:
+    """Sets a recipe up, trains, and cleans up whatever happens.
+
+    Args:
+        recipe (Recipe): a training recipe.
+
+    Returns:
+        int: 128 and the number of a signal that came too late to stop training, else 0.
+    """
+    try:
+        recipe.setup()
+        with stop_signals() as stop:
+            recipe.train(stop)
+            return stop.exit_code()
+    finally:
+        recipe.cleanup()
 
 
 @contextlib.contextmanager
