@@ -50,6 +50,12 @@ def _no_pictures(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True, scope="module")
+def _little_to_collect():
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
 def _datasets_cache_of_module(tmp_path_factory):
     # of fixtures that several tests share
     with pytest.MonkeyPatch.context() as patch:
