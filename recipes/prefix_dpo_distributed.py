@@ -54,7 +54,14 @@ from prefix_sharing.run.finite import FiniteCheck
 from prefix_sharing.run.kl import estimate_kl, kl_of_step, loss_of_row
 from prefix_sharing.run.optimization import choose_seed, clip_grad_norm, seed_step
 from prefix_sharing.run.out_of_memory import out_of_memory_explained
-from prefix_sharing.run.resuming import forget_later_entries, recall, remembered, stop_run, training_checkpoints
+from prefix_sharing.run.resuming import (
+    forget_later_entries,
+    frozen_weights,
+    recall,
+    remembered,
+    stop_run,
+    training_checkpoints,
+)
 from prefix_sharing.run.setup import compute_dtype, log_config, self_check
 from prefix_sharing.run.signals import StopRequest, run_to_end
 from prefix_sharing.scoring import ResponseLogProbs
@@ -92,7 +99,6 @@ class PrefixDPORecipeDistributed:
         self.plan = build_plan(cfg, self.dataset, self.model, self.loss, seed=self.seed, ranks=this_rank())
         self.plan_val = build_val_plan(cfg, self.dataset_val, self.model, ranks=this_rank())
         log_plan(self.plan, self.dataset, self.step_loader)
-        self.training_checkpoints = training_checkpoints(cfg, self.dataset, self.plan, self.seed, self.resumed)
         self.global_step = 0 if self.resumed is None else self.resumed.step
         self.num_steps = cfg.epochs * self.plan.steps_per_epoch
         self.optimizer = instantiate("optimizer", cfg.optimizer, self.model.trainable_parameters())
@@ -101,6 +107,8 @@ class PrefixDPORecipeDistributed:
         check_room(cfg, self.model, self.optimizer)
 
         self.checkpointer, checkpoint, reference = self.load_checkpoints()
+        frozen = frozen_weights(self.model, self.loss, checkpoint, reference)
+        self.training_checkpoints = training_checkpoints(cfg, self.dataset, self.plan, self.seed, frozen, self.resumed)
         self.model.load_weights(checkpoint, self.seed)
         forget_later_entries(cfg, self.resumed, self.num_steps)
         if is_rank_zero():

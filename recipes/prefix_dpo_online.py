@@ -41,7 +41,7 @@ from prefix_sharing.online import (
 )
 from prefix_sharing.online.average import WEIGHTS, write_average
 from prefix_sharing.online.held_out import HeldOut, compare
-from prefix_sharing.reference import KnownReference, fingerprint_reference
+from prefix_sharing.reference import KnownReference
 from prefix_sharing.reports.online import describe_rounds, plot_rounds, write_answers
 from prefix_sharing.run import set_up_device, set_up_logging
 from prefix_sharing.run.data import plan_of_pass
@@ -312,9 +312,7 @@ class PrefixDPOOnline:
         if self._policy is None or self._policy[0] != number:
             self._policy = None  # two of them need not fit into memory
             checkpoint, directory = self._checkpoint_after(number)
-            name = None
-            if is_rank_zero():  # which may have the weights alone
-                name = fingerprint_reference(checkpoint.weights, {"seed": self.seed}, checkpoint.adapter)
+            name = fingerprint([checkpoint.fingerprint, self.seed]) if is_rank_zero() else None
             self._policy = number, checkpoint, directory, name
         return self._policy[1:]
 

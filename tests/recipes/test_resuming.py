@@ -104,6 +104,8 @@ def test_an_adapter_continues_alone(tmp_path):
     assert size < 4.0 * sum(p.numel() for p in recipe.model.parameters())  # without the base
     run_in_process(tmp_path / "parts", **KEYS, **lora(), resume="auto")
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+    with pytest.raises(UserError, match="content of the base model's weights was"):
+        run_in_process(tmp_path / "parts", **KEYS, **lora(), resume="auto", **{"checkpointer.seed": 9})
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no json", "another step"])
@@ -142,6 +144,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, whol
         ({"optimizer.lr": 0.5}, r"optimizer was"),
         ({"gradient_accumulation_steps": 1}, r"examples per step was"),
         ({"dataset.num_pairs": 72}, r"examples \(data and lengths\) was"),
+        ({"checkpointer.seed": 9}, r"content of the reference's weights was \w+ and is"),
     ],
     ids=str,
 )

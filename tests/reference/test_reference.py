@@ -20,7 +20,7 @@ from prefix_sharing.errors import UserError
 from prefix_sharing.hosts import to_tree_model
 from prefix_sharing.planning import ByLength, ExampleSizes, Fixed, Plan
 from prefix_sharing.quickstart import preference_pairs, tokenizer
-from prefix_sharing.reference import ReferenceCache, describe_cache, fingerprint_reference, reference_log_probs
+from prefix_sharing.reference import ReferenceCache, describe_cache, reference_log_probs
 from prefix_sharing.reference import cache as cache_command
 from prefix_sharing.reference import log_probs as module
 from prefix_sharing.tokenizers import hf_chat_tokenizer
@@ -132,15 +132,18 @@ def test_another_template_or_mask_is_another_key(tmp_path):
     assert len(set(keys)) == 5
 
 
-def test_the_reference_is_known_by_content(models):
+def test_the_reference_is_known_by_content(models, tmp_path):
     plain, tree = models
     model = {"_component_": "torchtune.models.llama3.llama3", **DIMS}
 
     def name(weights, model=model, dtype="fp32"):
-        return fingerprint_reference(weights, {"model": model, "dtype": dtype})
+        reference = {"cache_dir": str(tmp_path)}
+        cfg = OmegaConf.create({"model": model, "dtype": dtype, "compile": False, "reference": reference})
+        return module.open_reference_cache(cfg, Checkpoint(weights)).directory.name
 
     weights = plain.state_dict()
-    assert name(weights) == name(dict(reversed(weights.items()))) == name(tree.state_dict())
+    reordered = name(weights, dict(reversed(model.items())))
+    assert name(weights) == name(dict(reversed(weights.items()))) == name(tree.state_dict()) == reordered
     changed = {k: v.clone() for k, v in weights.items()}
     changed["norm.scale"].view(-1)[3] += 1e-6
     names = [name(weights), name(changed), name(weights, dtype="bf16"), name(weights, {**model, "rope_base": 1})]

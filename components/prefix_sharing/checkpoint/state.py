@@ -1,6 +1,7 @@
 """Weights as full tensors, gathered from a model that may be sharded and put back into one, and where they go."""
 
 import contextlib
+import functools
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -39,6 +41,20 @@ class Checkpoint:
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     adapter: dict[str, torch.Tensor] = field(default_factory=dict)
     config_file: Path | None = None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A short name for the content of weights and adapter, wherever they are: 32 hexadecimal digits.
+
+        On rank 0, which may have them alone; reads one tensor after the other.
+        """
+        digest = xxhash.xxh3_128()
+        for tensors in (self.weights, self.adapter):
+            for name in sorted(tensors):
+                tensor = tensors[name].detach().contiguous()
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 def full_weights(model: nn.Module, *, trainable_only: bool = False) -> dict[str, Any]:

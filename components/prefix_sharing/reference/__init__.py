@@ -1,6 +1,6 @@
 """Log-probs under the reference: from the cache, from a pass before the first update, or from a frozen model."""
 
-from prefix_sharing.reference.cache import ReferenceCache, describe_cache, fingerprint_reference
+from prefix_sharing.reference.cache import ReferenceCache, describe_cache
 from prefix_sharing.reference.log_probs import (
     FrozenReference,
     KnownReference,
@@ -17,7 +17,6 @@ __all__ = [
     "Reference",
     "ReferenceCache",
     "describe_cache",
-    "fingerprint_reference",
     "load_reference",
     "open_reference_cache",
     "reference_log_probs",

@@ -29,7 +29,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 import xxhash
 
 from prefix_sharing.config import default_cache_dir
@@ -40,37 +39,12 @@ _ABOUT = "about.json"
 _SCHEMA = pa.schema([("id", pa.string()), ("log_probs", pa.list_(pa.float32()))])
 
 
-def fingerprint_reference(
-    weights: Mapping[str, torch.Tensor],
-    computation: Mapping[str, Any],
-    adapter: Mapping[str, torch.Tensor] | None = None,
-) -> str:
-    """A short name for everything about a reference that decides its log-probs of given tokens.
-
-    Args:
-        weights (Mapping[str, torch.Tensor]): its state dict, on the CPU; read one after the other.
-        computation (Mapping[str, Any]): what is computed with them: the component that builds the model, its arguments
-            and source, the precision, versions.
-        adapter (Mapping[str, torch.Tensor] | None): of a trained adapter, if it has one. Default: None.
-
-    Returns:
-        str: 32 hexadecimal digits.
-    """
-    digest = xxhash.xxh3_128(json.dumps(dict(computation), sort_keys=True, default=str).encode())
-    for tensors in (weights, adapter or {}):
-        for name in sorted(tensors):
-            tensor = tensors[name].detach().contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 class ReferenceCache:
     """The log-probs of one reference, by example id.
 
     Args:
         cache_dir (str): the directory of all references.
-        reference (str): ``fingerprint_reference`` of this one.
+        reference (str): a fingerprint of everything about this one that decides its log-probs of given tokens.
         about (Mapping[str, Any]): what to tell people about it.
 
     Raises:

@@ -5,6 +5,7 @@ Values are indexed by the example, never by a position in some rank's stream.
 """
 
 import functools
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -21,10 +22,10 @@ from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.datasets import PrefixPreferenceDataset, StepLoader
 from prefix_sharing.distributed import broadcast_from_rank_zero, broadcast_object, is_rank_zero, reshard, sum_over_ranks
 from prefix_sharing.errors import ConfigError
-from prefix_sharing.fingerprint import code_fingerprint, source_of
+from prefix_sharing.fingerprint import code_fingerprint, fingerprint, source_of
 from prefix_sharing.hosts import TreeModel, load_checkpoint
 from prefix_sharing.planning import Plan
-from prefix_sharing.reference.cache import ReferenceCache, fingerprint_reference
+from prefix_sharing.reference.cache import ReferenceCache
 from prefix_sharing.scoring import ResponseLogProbs
 from prefix_sharing.trees import Row
 
@@ -152,7 +153,8 @@ def open_reference_cache(cfg: DictConfig, checkpoint: Checkpoint, tail_weight: f
     """
     if cfg.reference.cache_dir is None or not is_rank_zero():
         return None
-    computation = {
+    decides = {
+        "weights": checkpoint.fingerprint,
         "model": OmegaConf.to_container(cfg.model, resolve=True),
         "source": source_of(resolve_name(cfg.model._component_)),
         "dtype": cfg.dtype,
@@ -161,10 +163,10 @@ def open_reference_cache(cfg: DictConfig, checkpoint: Checkpoint, tail_weight: f
         "code": code_fingerprint("trees", "attention", "scoring.py", "hosts"),
         "torchtune": version("torchtune"),
     }
-    reference = fingerprint_reference(checkpoint.weights, computation, checkpoint.adapter)
+    name = json.dumps(decides, sort_keys=True, default=str)
     about = {"model": cfg.model._component_, "dtype": cfg.dtype, "made": time.strftime("%Y-%m-%d %H:%M")}
     try:
-        cache = ReferenceCache(cfg.reference.cache_dir, reference, about)
+        cache = ReferenceCache(cfg.reference.cache_dir, fingerprint(name), about)
     except OSError as error:
         problem = f"{cfg.reference.cache_dir} cannot be written: {error.strerror}; null turns the cache off"
         raise ConfigError("reference.cache_dir", problem) from error

@@ -9,11 +9,13 @@ from typing import Any, NoReturn
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from prefix_sharing.checkpoint import TrainingCheckpoint, TrainingCheckpoints
+from prefix_sharing.checkpoint import Checkpoint, TrainingCheckpoint, TrainingCheckpoints
 from prefix_sharing.datasets import PrefixPreferenceDataset
-from prefix_sharing.distributed import is_rank_zero
+from prefix_sharing.distributed import broadcast_object, is_rank_zero
 from prefix_sharing.errors import UserError
 from prefix_sharing.fingerprint import fingerprint
+from prefix_sharing.hosts import TreeModel
+from prefix_sharing.losses import Loss
 from prefix_sharing.planning import Plan, WholeDataset
 from prefix_sharing.run.directory import CHECKPOINTS, run_id
 from prefix_sharing.run.evaluation import Evaluation
@@ -40,8 +42,36 @@ _PATHS = ("path",)
 """Arguments of components that may differ: a model may have moved, and its names and shapes are compared anyway."""
 
 
+def frozen_weights(
+    model: TreeModel, loss: Loss, checkpoint: Checkpoint, reference: Checkpoint | None
+) -> dict[str, str]:
+    """The weights that decide a run's numbers and are in no training checkpoint, by their content; a collective.
+
+    Args:
+        model (TreeModel): the model that is trained.
+        loss (Loss): the run's loss.
+        checkpoint (Checkpoint): what the run began with.
+        reference (Checkpoint | None): the reference, if it is not what the run began with.
+
+    Returns:
+        dict[str, str]: fingerprints, by what they are of.
+    """
+    frozen = {}
+    if is_rank_zero():  # which may have the weights alone
+        if model.has_adapter:
+            frozen["content of the base model's weights"] = checkpoint.fingerprint
+        if loss.needs.reference:
+            frozen["content of the reference's weights"] = (reference or checkpoint).fingerprint
+    return broadcast_object(frozen)
+
+
 def training_checkpoints(
-    cfg: DictConfig, dataset: PrefixPreferenceDataset, plan: Plan, seed: int, resumed: TrainingCheckpoint | None
+    cfg: DictConfig,
+    dataset: PrefixPreferenceDataset,
+    plan: Plan,
+    seed: int,
+    frozen: Mapping[str, str],
+    resumed: TrainingCheckpoint | None,
 ) -> TrainingCheckpoints:
     """Where a run's training checkpoints go, after comparing it with the one it continues from.
 
@@ -50,6 +80,7 @@ def training_checkpoints(
         dataset (PrefixPreferenceDataset): the training data set.
         plan (Plan): of the run's steps.
         seed (int): the run's seed.
+        frozen (Mapping[str, str]): what ``frozen_weights`` returns.
         resumed (TrainingCheckpoint | None): what it continues from.
 
     Returns:
@@ -60,7 +91,7 @@ def training_checkpoints(
     """
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     decides: dict[str, Any] = {key: _without_paths(plain[key]) for key in _DECISIVE}
-    decides["seed"] = seed
+    decides |= {"seed": seed, **frozen}
     decides["examples (data and lengths)"] = fingerprint(dataset.ids.to_pylist())
     decides["examples per step"] = plan.examples_per_step
     if isinstance(plan.packing, WholeDataset):
