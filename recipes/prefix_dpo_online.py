@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from omegaconf import MISSING, DictConfig, OmegaConf
-from tqdm import tqdm
 
 from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
 from prefix_sharing.attention import rounding_of
@@ -27,26 +26,22 @@ from prefix_sharing.config import TrainingConfig, at_least, component_name, inst
 from prefix_sharing.datasets import PrefixPreferenceDataset, StepLoader
 from prefix_sharing.distributed import broadcast_object, is_rank_zero, sum_over_ranks, this_rank, wait_for_all_ranks
 from prefix_sharing.errors import ConfigError, UserError
-from prefix_sharing.fingerprint import fingerprint
-from prefix_sharing.hosts import load_checkpoint, load_trained_checkpoint, merged_weights, read_weight_file
 from prefix_sharing.online import (
-    RoundTable,
-    in_parts,
+    answer_prompts,
+    describe_pairs,
     judged_answers,
     read_rows,
-    row_of,
     sampled_answers,
-    sampled_preference_dataset,
     sampler_differences,
 )
-from prefix_sharing.online.average import WEIGHTS, write_average
 from prefix_sharing.online.held_out import HeldOut, compare
 from prefix_sharing.reference import KnownReference
-from prefix_sharing.reports.online import describe_rounds, plot_rounds, write_answers
+from prefix_sharing.reports.online import describe_rounds, plot_rounds, warn_of_length, write_answers
 from prefix_sharing.run import set_up_device, set_up_logging
 from prefix_sharing.run.data import plan_of_pass
 from prefix_sharing.run.directory import CHECKPOINTS, full_disk_explained, locked_output_dir
 from prefix_sharing.run.optimization import choose_seed
+from prefix_sharing.run.policies import Policies
 from prefix_sharing.run.setup import compute_dtype
 from prefix_sharing.run.signals import run_to_end
 from prefix_sharing.sampling import Policy, Prompt, SamplingOptions
@@ -228,7 +223,7 @@ class PrefixDPOOnline:
         self.training_keys = [field.name for field in fields(training_keys)]
         self.output_dir = Path(cfg.output_dir)
         self.seed = choose_seed(cfg.seed)
-        self._policy: tuple[int, Checkpoint, Path | None, str | None] | None = None
+        self.policies = Policies(cfg, self.directory, self.seed)
         self.tokenizer = instantiate("tokenizer", cfg.tokenizer)
         self.judge = instantiate("judge", cfg.judge)
         self.prompts: list[Prompt] = instantiate("prompts", cfg.prompts, self.tokenizer)
@@ -254,7 +249,8 @@ class PrefixDPOOnline:
             new = HeldOut.of_rows(answered)
             metrics.append(compare(new, before, first) | {"kl": self.kl_to_first(number, answered)})
             if is_rank_zero():
-                metrics[-1] |= self.describe_pairs(number)
+                file = self.directory(number) / "scores.parquet"
+                metrics[-1] |= describe_pairs(self.tokenizer, file, cfg.pairs, share_prefix=cfg.share_prefix)
                 self.report(number, metrics, {**shown, f"after round {number}": answered})
             if cfg.stop_when_worse and metrics[-1]["score"] < metrics[-2]["score"]:
                 log.warning("The judged mean has fallen; round %d was the last (stop_when_worse)", number)
@@ -270,7 +266,7 @@ class PrefixDPOOnline:
         log.info("Round %d:\n%s", number, describe_rounds(metrics))
         plot_rounds(metrics, f"{component_name(cfg.model)}, judged by {component_name(cfg.judge)}", self.picture)
         write_answers(self.directory(number) / "answers.md", f"Answers after round {number}", policies, cfg.num_shown)
-        self.warn_of_length(metrics[-1])
+        warn_of_length(metrics[-1])
 
     @property
     def picture(self) -> Path:
@@ -307,26 +303,6 @@ class PrefixDPOOnline:
             }
         return cfg
 
-    def policy_after(self, number: int) -> tuple[Checkpoint, Path | None, str | None]:
-        """The policy after a round, its directory, and its name on rank 0; read once until it is trained further."""
-        if self._policy is None or self._policy[0] != number:
-            self._policy = None  # two of them need not fit into memory
-            checkpoint, directory = self._checkpoint_after(number)
-            name = fingerprint([checkpoint.fingerprint, self.seed]) if is_rank_zero() else None
-            self._policy = number, checkpoint, directory, name
-        return self._policy[1:]
-
-    def _checkpoint_after(self, number: int) -> tuple[Checkpoint, Path | None]:
-        """Reads the policy after a round, -1 for the one that the run begins with."""
-        cfg = self.cfg
-        if number < 0:
-            where = cfg.checkpointer.get("path") or cfg.checkpointer.get("checkpoint_dir")
-            found = load_checkpoint("checkpointer", cfg.checkpointer, adapter=cfg.adapter_checkpoint)[1]
-            return found, None if where is None else Path(where)
-        node = self.training_config(number).checkpointer
-        found = load_trained_checkpoint("checkpointer", node, epoch=cfg.epochs - 1)
-        return found, Path(node.output_dir) / f"epoch_{cfg.epochs - 1}"
-
     def train(self, number: int) -> None:
         """Trains on the judged answers of a round, unless that is done."""
         cfg = self.training_config(number)
@@ -339,11 +315,11 @@ class PrefixDPOOnline:
         recipe.answers = self.directory(number) / "scores.parquet"
         recipe.averages = self.cfg.online_reference == "average"
         if number > 0:
-            recipe.begins_with = self.policy_after(number - 1)[0]
-            recipe.measured_from = self.reference_before(number)
+            recipe.begins_with, _ = self.policies.after(number - 1)
+            recipe.measured_from = self.policies.reference_before(number)
             if self.cfg.carry_optimizer:
                 recipe.optimizer_of = self.directory(number - 1) / CHECKPOINTS
-        self._policy = None  # the recipe has the weights now
+        self.policies.forget()  # the recipe has the weights now
         with locked_output_dir(cfg):
             exit_code = run_to_end(recipe)
         if is_rank_zero():
@@ -351,26 +327,6 @@ class PrefixDPOOnline:
         wait_for_all_ranks()
         if exit_code:  # in the last step, or later
             raise SystemExit(exit_code)
-
-    def reference_before(self, number: int) -> Checkpoint | None:
-        """What a later round's rewards are measured from; None for the policy that it begins with, or the config's."""
-        cfg = self.cfg
-        if cfg.online_reference == "previous" or cfg.ref_checkpointer is not None:
-            return None
-        if cfg.online_reference == "first":
-            return self._checkpoint_after(-1)[0]
-        averages = [self.directory(k) / f"reference_{cfg.ref_model_mixup_alpha:g}" for k in range(number)]
-        last = broadcast_object(max((k for k in range(number) if averages[k].is_dir()), default=-1))
-        if last < 0:
-            reference = self._checkpoint_after(-1)[0]
-        else:
-            reference = read_weight_file(cfg.checkpointer, averages[last] / WEIGHTS)
-        for k in range(last + 1, number):
-            both = (reference, self.policy_after(k)[0])
-            weights = [merged_weights(cfg.model, checkpoint) if is_rank_zero() else {} for checkpoint in both]
-            write_average(weights[0], weights[1], cfg.ref_model_mixup_alpha, averages[k])
-            reference = read_weight_file(cfg.checkpointer, averages[k] / WEIGHTS)
-        return reference
 
     def kl_to_first(self, number: int, answered: list[dict[str, Any]]) -> float:
         """The mean log-ratio of a policy to the first one in nats a token, on its own held-out answers.
@@ -381,7 +337,7 @@ class PrefixDPOOnline:
         if not broadcast_object(file.exists()):
             dataset = sampled_answers(answered, f"answers in {self.directory(number)}/held_out")
             cfg = OmegaConf.merge(self.training_config(number), {"compile": False})  # not for a few Rows
-            policies = [self.policy_after(number)[0], self._checkpoint_after(-1)[0]]
+            policies = [self.policies.after(number)[0], self.policies.first()]
             by_policy, by_first = self.round_class(cfg, self.device).log_probs(dataset, policies)
             tokens = HeldOut.of_rows(answered).lengths.sum()
             if is_rank_zero():
@@ -398,13 +354,13 @@ class PrefixDPOOnline:
             raise ConfigError("round", f"is {number}, but rounds are {self.cfg.rounds}, counted from 0")
         seed = int(np.random.SeedSequence([self.seed, 1, number]).generate_state(1)[0])
         options = self.sampling_options(self.cfg.num_answers, seed)
-        self.sampled_answers(self.prompts_of[number], options, number - 1, self.directory(number))
+        self.answer(self.prompts_of[number], options, number - 1, self.directory(number))
 
     def answer_held_out(self, number: int) -> list[dict[str, Any]]:
         """The judged answers of a policy to the held-out prompts, with the same random numbers for every policy."""
         options = self.sampling_options(self.cfg.num_answers_val, self.seed)
         where = self.directory(number) / "held_out"
-        self.sampled_answers(self.prompts_val, options, number, where)
+        self.answer(self.prompts_val, options, number, where)
         self.judge_answers(where)
         return read_rows(where / "scores.parquet")
 
@@ -427,63 +383,12 @@ class PrefixDPOOnline:
             num_answers, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, tuple(dict.fromkeys(stop)), seed
         )
 
-    def sampled_answers(self, prompts: Sequence[Prompt], options: SamplingOptions, after: int, where: Path) -> None:
-        """Samples what is not sampled yet, from the policy after a round; each rank its share."""
-        cfg, ranks = self.cfg, this_rank()
-        checkpoint, directory, name = self.policy_after(after)
-        keys = [prompt.key for prompt in prompts]
-        made_by = {"policy": broadcast_object(name), "prompts": fingerprint(keys), "options": repr(options)}
-        answers = RoundTable(where / "answers.parquet", made_by)
-        is_whole, done = broadcast_object((answers.is_whole, {row["key"] for row in answers.rows()}))
-        if is_whole:
-            return
-        dtype = compute_dtype(cfg)
-        policy = Policy(cfg.model, checkpoint, directory, self.tokenizer, self.device, dtype, self.seed)
-        sampler = instantiate("sampler", cfg.sampler, policy)
-        # In parts that depend neither on what is done already nor on the number of ranks: what is computed beside an
-        # answer rounds its log-probs.
-        longest_first = sorted(prompts, key=lambda prompt: -len(prompt.tokens))
-        mine = in_parts(longest_first)[ranks.rank :: ranks.world_size]
-        progress = tqdm(total=sum(map(len, mine)), desc=f"Sampling, {where}", unit="prompt", disable=not is_rank_zero())
-        for part in mine:
-            left = [prompt for prompt in part if prompt.key not in done]
-            progress.update(len(part) - len(left))
-            rows = []
-            try:
-                for i, found in sampler(left, options):
-                    rows.append(row_of(left[i], found, self.tokenizer))
-                    progress.update()
-            finally:  # what a server gave before it failed is not asked for again
-                if rows:
-                    answers.add(rows)
-        progress.close()
-        wait_for_all_ranks()
-        if is_rank_zero():
-            answers.finish(keys)
-        wait_for_all_ranks()
-
-    def describe_pairs(self, number: int) -> dict[str, float]:
-        """What became of a round's answers: the share of prompts whose answers are tied, and what sharing has saved."""
-        file = self.directory(number) / "scores.parquet"
-        scores = np.array([row["scores"] for row in read_rows(file)])
-        trees = sampled_preference_dataset(self.tokenizer, data_files=str(file), pairs=self.cfg.pairs)
-        computed, separate = (trees.sizes(shared).num_tokens.sum() for shared in (self.cfg.share_prefix, False))
-        return {
-            "share_tied": float(np.mean(np.nanmax(scores, axis=1) == np.nanmin(scores, axis=1))),
-            "tokens_saved": float(1 - computed / separate),
-        }
-
-    def warn_of_length(self, metrics: dict[str, float]) -> None:
-        """Says so where answers have become better mostly by becoming longer."""
-        gain, at_equal_length = metrics["score_gain"], metrics["length_controlled_gain"]
-        if gain > 0 and at_equal_length < gain / 2:
-            log.warning(
-                "Answers score %.3f more than the first policy's, but %.3f of it is by their length "
-                "(%.0f tokens on average).",
-                gain,
-                gain - at_equal_length,
-                metrics["answer_length"],
-            )
+    def answer(self, prompts: Sequence[Prompt], options: SamplingOptions, after: int, where: Path) -> None:
+        """Leaves the answers of the policy after a round in the ``answers.parquet`` of a directory."""
+        checkpoint, name = self.policies.after(after)
+        directory, dtype = self.policies.directory(after), compute_dtype(self.cfg)
+        policy = Policy(self.cfg.model, checkpoint, directory, self.tokenizer, self.device, dtype, self.seed)
+        answer_prompts(self.cfg.sampler, policy, name, prompts, options, where)
 
 
 @parse(OnlineConfig)

@@ -19,6 +19,7 @@ from prefix_sharing.config import check_config, find_config, instantiate
 from prefix_sharing.errors import UserError
 from prefix_sharing.online import RoundTable, read_rows, row_of, tables
 from prefix_sharing.online.average import write_average
+from prefix_sharing.reports.online import warn_of_length
 from prefix_sharing.run import set_up_device
 from processes import run_on_ranks
 from runs import losses, tune_run
@@ -102,9 +103,7 @@ def test_every_round_leaves_its_answers_scores_and_policy(tmp_path, pictures):
     ("target", "name", "calls"),
     [
         (RoundTable, "add", 2),  # in sampling
-        (RoundTable, "add", 6),
-        (RoundTable, "finish", 3),  # between sampling and judging
-        (RoundTable, "finish", 6),
+        (RoundTable, "finish", 6),  # between sampling and judging
         (prefix_dpo_online.SingleDeviceRound, "save_state", 2),  # in training
         (prefix_dpo_online.SingleDeviceRound, "save_state", 5),
         (prefix_dpo_online.SingleDeviceRound, "cleanup", 1),  # behind it
@@ -301,13 +300,20 @@ def test_an_average_reference_is_between_the_first_policy_and_the_last_one(tmp_p
         run.train(1)
         found[share] = first_rewards(tmp_path / str(share))
         average = load_file(tmp_path / str(share) / "round_0" / f"reference_{share:g}" / "model.safetensors")
-        first, last = (run.policy_after(k)[0].weights for k in (-1, 0))
+        first, last = (run.policies.after(k)[0].weights for k in (-1, 0))
         for name, tensor in average.items():
             torch.testing.assert_close(tensor, (1 - share) * first[name] + share * last[name], rtol=1e-6, atol=1e-7)
-    after_round_0(tmp_path / "first", whole, online_reference="first").train(1)
-    assert found[0.0] == first_rewards(tmp_path / "first") != [0.0, 0.0]
+    assert found[0.0] == first_rewards(whole[3]) != [0.0, 0.0]
     assert found[1.0] == [0.0, 0.0]
     assert all(0 < abs(between) < abs(end) for between, end in zip(found[0.6], found[0.0], strict=True))
+
+
+def test_a_round_is_not_continued_with_another_reference(tmp_path, whole):
+    shutil.copytree(whole[3], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "round_1" / "trained").unlink()
+    with pytest.raises(UserError, match="cannot be continued with this config: content of the reference's weights was"):
+        make_run(tmp_path, online_reference="previous").run()
+    make_run(tmp_path).run()
 
 
 ADAPTER = {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": True, "lora_rank": 4, "lora_alpha": 8}
@@ -395,7 +401,7 @@ def test_divergence_is_that_of_plain_models(whole):
         rows, total, tokens = read_rows(directory / f"round_{k}" / "held_out" / "scores.parquet"), 0.0, 0
         for after, sign in ((k, 1), (-1, -1)):
             model = instantiate("model", run.cfg.model)
-            model.load_state_dict(run.policy_after(after)[0].weights)
+            model.load_state_dict(run.policies.after(after)[0].weights)
             for row in rows:
                 for answer in row["answers"]:
                     ids = torch.tensor([row["prompt_tokens"] + answer])
@@ -443,13 +449,11 @@ def test_a_judge_without_a_verdict_stops_the_run(tmp_path):
         make_run(tmp_path, judge=judge).run()
 
 
-def test_a_gain_by_length_is_a_warning(tmp_path, caplog):
-    run = make_run(tmp_path)
-    caplog.clear()
-    run.warn_of_length({"score_gain": 0.5, "length_controlled_gain": 0.4, "answer_length": 9.0})
+def test_a_gain_by_length_is_a_warning(caplog):
+    warn_of_length({"score_gain": 0.5, "length_controlled_gain": 0.4, "answer_length": 9.0})
     assert not caplog.records
     with caplog.at_level("WARNING", logger="prefix_sharing"):
-        run.warn_of_length({"score_gain": 0.5, "length_controlled_gain": 0.1, "answer_length": 90.0})
+        warn_of_length({"score_gain": 0.5, "length_controlled_gain": 0.1, "answer_length": 90.0})
     assert "0.500 more than the first policy's, but 0.400 of it is by their length (90 tokens" in caplog.text
 
 

@@ -63,6 +63,30 @@ def sampled_answers(rows: list[dict[str, Any]], name: str) -> PrefixPreferenceDa
     return PrefixPreferenceDataset(table, name)
 
 
+def describe_pairs(
+    tokenizer: ChatTokenizer, file: Path, pairs: PairStrategy, *, share_prefix: bool
+) -> dict[str, float]:
+    """What became of a round's answers.
+
+    Args:
+        tokenizer (ChatTokenizer): the policy's.
+        file (Path): ``scores.parquet`` of the round.
+        pairs (PairStrategy): as for ``sampled_preference_dataset``.
+        share_prefix (bool): whether prompts are shared in training.
+
+    Returns:
+        dict[str, float]: ``share_tied``, of prompts whose answers all have one score, and ``tokens_saved``, the share
+        of tokens that separate sequences would take and the round did not.
+    """
+    scores = np.array([row["scores"] for row in read_rows(file)])
+    trees = sampled_preference_dataset(tokenizer, data_files=str(file), pairs=pairs)
+    computed, separate = (trees.sizes(shared).num_tokens.sum() for shared in (share_prefix, False))
+    return {
+        "share_tied": float(np.mean(np.nanmax(scores, axis=1) == np.nanmin(scores, axis=1))),
+        "tokens_saved": float(1 - computed / separate),
+    }
+
+
 def _all_answers(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for row in rows:
         prompt = row["prompt_tokens"]

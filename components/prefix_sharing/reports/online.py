@@ -1,9 +1,12 @@
 """What rounds of sampling, judging and training have come to: a table, a picture and answers to read."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 _COLUMNS = {
     "score": "score",
@@ -63,6 +66,23 @@ def plot_rounds(rounds: Sequence[Mapping[str, float]], title: str, file: Path) -
             axes.legend()
     figure.suptitle(title)
     figure.savefig(file)
+
+
+def warn_of_length(metrics: Mapping[str, float]) -> None:
+    """Says so where answers have become better mostly by becoming longer.
+
+    Args:
+        metrics (Mapping[str, float]): of a round.
+    """
+    gain, at_equal_length = metrics["score_gain"], metrics["length_controlled_gain"]
+    if gain > 0 and at_equal_length < gain / 2:
+        log.warning(
+            "Answers score %.3f more than the first policy's, but %.3f of it is by their length "
+            "(%.0f tokens on average).",
+            gain,
+            gain - at_equal_length,
+            metrics["answer_length"],
+        )
 
 
 def write_answers(
