@@ -303,7 +303,8 @@ def test_an_average_reference_is_between_the_first_policy_and_the_last_one(tmp_p
         first, last = (run.policies.after(k)[0].weights for k in (-1, 0))
         for name, tensor in average.items():
             torch.testing.assert_close(tensor, (1 - share) * first[name] + share * last[name], rtol=1e-6, atol=1e-7)
-    assert found[0.0] == first_rewards(whole[3]) != [0.0, 0.0]
+    after_round_0(tmp_path / "first", whole, online_reference="first").train(1)
+    assert found[0.0] == first_rewards(tmp_path / "first") != [0.0, 0.0]
     assert found[1.0] == [0.0, 0.0]
     assert all(0 < abs(between) < abs(end) for between, end in zip(found[0.6], found[0.0], strict=True))
 
@@ -312,7 +313,7 @@ def test_a_round_is_not_continued_with_another_reference(tmp_path, whole):
     shutil.copytree(whole[3], tmp_path, dirs_exist_ok=True)
     (tmp_path / "round_1" / "trained").unlink()
     with pytest.raises(UserError, match="cannot be continued with this config: content of the reference's weights was"):
-        make_run(tmp_path, online_reference="previous").run()
+        make_run(tmp_path, online_reference="first").run()
     make_run(tmp_path).run()
 
 

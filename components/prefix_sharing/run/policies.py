@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.distributed import broadcast_object, is_rank_zero
@@ -43,8 +44,8 @@ class Policies:
             if number < 0:
                 checkpoint = self.first()
             else:
-                node = self.cfg.checkpointer.copy()
-                node.output_dir = str(self.directory_of(number))
+                plain: Any = OmegaConf.to_container(self.cfg.checkpointer, resolve=True)
+                node = OmegaConf.create(plain | {"output_dir": str(self.directory_of(number))})
                 checkpoint = load_trained_checkpoint("checkpointer", node, epoch=self.cfg.epochs - 1)
             # rank 0 may have the weights alone
             name = fingerprint([checkpoint.fingerprint, self.seed]) if is_rank_zero() else None
