@@ -3,12 +3,14 @@
 import logging
 import random
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefix_sharing.datasets import preference_mixture, prefix_preference_dataset
+from prefix_sharing.datasets.choosing import scoring
 from prefix_sharing.datasets.choosing.selection import (
     A2,
     BEYOND_BUDGET,
@@ -223,6 +225,29 @@ def test_a_judge_gives_scores_once(tmp_path, monkeypatch):
     for _ in range(2):
         assert prompts_of(build(file, select=select, scores=judge)) == ["Q5", "Q6", "Q12", "Q13"]
         assert len(choosing_rules.calls) == 28
+
+
+def test_a_judge_that_fails_on_the_way_is_asked_for_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "_PROMPTS_OF_A_PART", 5)
+    read = datasets.Dataset.from_list(
+        [{"prompt": [], "answers": [f"a{i}", "b"], "one_prompt": True} for i in range(14)]
+    )
+    read.save_to_disk(tmp_path / "read")  # what is in memory is not cached
+    read = datasets.load_from_disk(tmp_path / "read")
+    asked = []
+
+    def judge(prompts, answers):
+        if len(asked) == 10:
+            asked.append(None)
+            raise UserError("cannot be reached")
+        asked.extend(first for first, _ in answers)
+        return [np.array([float(first[1:]), 0.0]) for first, _ in answers]
+
+    judged = scoring.Judged(judge, "key")
+    with pytest.raises(UserError):
+        judged.of(read, "scores")
+    assert judged.of(read, "scores")[:, 0].tolist() == list(range(14))
+    assert asked == [*(f"a{i}" for i in range(10)), None, *(f"a{i}" for i in range(10, 14))]
 
 
 def test_answers_to_different_prompts_have_no_verdict(tmp_path):

@@ -20,6 +20,7 @@ from prefix_sharing.fingerprint import code_fingerprint, source_of
 from prefix_sharing.tokenizers import Turn
 
 _PROMPTS_OF_A_CALL = 256
+_PROMPTS_OF_A_PART = 1024
 
 _VERDICTS = "verdicts"
 
@@ -65,17 +66,25 @@ class Judged:
     key: str
 
     def of(self, read: datasets.Dataset, name: str) -> np.ndarray:
-        """The scores of each line's answers, see ``Columns.of``; they are given once, and cached by ``datasets``."""
-        judged = read.select_columns(["prompt", "answers", "one_prompt"]).map(
+        """The scores of each line's answers, see ``Columns.of``; they are given once, and cached by ``datasets``.
+
+        In parts, so that a pass that was interrupted goes on.
+        """
+        asked = read.select_columns(["prompt", "answers", "one_prompt"])
+        parts = [self._of_part(asked, start) for start in range(0, max(1, len(asked)), _PROMPTS_OF_A_PART)]
+        return numbers_of(datasets.concatenate_datasets(parts), _VERDICTS)
+
+    def _of_part(self, asked: datasets.Dataset, start: int) -> datasets.Dataset:
+        end = min(start + _PROMPTS_OF_A_PART, len(asked))
+        return asked.select(range(start, end)).map(
             self._judge,
             batched=True,
             batch_size=_PROMPTS_OF_A_CALL,
-            remove_columns=["prompt", "answers", "one_prompt"],
+            remove_columns=asked.column_names,
             features=datasets.Features({_VERDICTS: datasets.Sequence(datasets.Value("float64"))}),
-            new_fingerprint=Hasher.hash([read._fingerprint, self.key, code_fingerprint("datasets")]),
-            desc="Judging answers",
+            new_fingerprint=Hasher.hash([asked._fingerprint, start, end, self.key, code_fingerprint("datasets")]),
+            desc=f"Judging answers to prompts {start:,} to {end:,} of {len(asked):,}",
         )
-        return numbers_of(judged, _VERDICTS)
 
     def _judge(self, batch: Mapping[str, list[Any]]) -> dict[str, list[list[float]]]:
         # A judge may compare the answers to a prompt with one another: those to several prompts have no verdict.
