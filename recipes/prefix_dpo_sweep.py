@@ -23,19 +23,18 @@ from torchtune.training.metric_logging import DiskLogger
 
 from prefix_dpo_online import OnlineConfig, PrefixDPOOnline
 from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
-from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.config import TrainingConfig, at_least, check_config, component_name, readable_errors
 from prefix_sharing.config.files import did_you_mean
 from prefix_sharing.config.parsing import read_config
 from prefix_sharing.config.secrets import without_secrets
 from prefix_sharing.config.sweeping import Axis, Point, check_axes, config_at, grid, run_name, short_names, take_axes
 from prefix_sharing.errors import ConfigError, UserError
-from prefix_sharing.hosts import load_trained_checkpoint
 from prefix_sharing.online.held_out import HeldOut
 from prefix_sharing.reports.curves import read_log_of_last_run
 from prefix_sharing.reports.sweep import CAUTION, Measured, plot_sweep, table_of, what_it_shows
 from prefix_sharing.run import set_up_device, set_up_logging
 from prefix_sharing.run.directory import full_disk_explained, locked_output_dir
+from prefix_sharing.run.policies import Policies
 from prefix_sharing.run.results import measured, read_result, write_result
 from prefix_sharing.run.signals import run_to_end
 
@@ -100,14 +99,13 @@ class RunOfSweep(PrefixDPORecipeSingleDevice):
 class JudgedPolicy(PrefixDPOOnline):
     """A trained policy, for its judged answers to held-out prompts."""
 
+    def __init__(self, cfg: DictConfig, device: torch.device) -> None:
+        super().__init__(cfg, device)
+        self.policies = Policies(cfg, lambda number: Path(cfg.checkpointer.output_dir), self.seed)
+
     def directory(self, number: int) -> Path:
         """The run's; there is one policy only."""
         return self.output_dir
-
-    def _checkpoint_after(self, number: int) -> tuple[Checkpoint, Path | None]:
-        node, epoch = self.cfg.checkpointer, self.cfg.epochs - 1
-        found = load_trained_checkpoint("checkpointer", node, epoch=epoch)
-        return found, Path(node.output_dir) / f"epoch_{epoch}"
 
 
 @dataclass(frozen=True)
