@@ -136,7 +136,7 @@ def test_every_form_of_data_is_read(tmp_path):
         file.write_text(f"{record}\n{others.get(name, '')}\n")
         dataset = prefix_preference_dataset(tokenizer(), data_files=str(file))
         assert len(dataset) == 1
-        assert dataset.num_responses == {"chat": 1, "unpaired": 1, "ranked": 3}.get(name, 2)
+        assert dataset.num_responses == {"chat": 1, "completion": 1, "unpaired": 1, "ranked": 3}.get(name, 2)
         forced = prefix_preference_dataset(tokenizer(), data_files=str(file), format=name)
         assert [r.tokens.tolist() for r in forced[0]] == [r.tokens.tolist() for r in dataset[0]]
         if dataset.num_responses > 1:  # A is always the better one

@@ -200,6 +200,14 @@ RECORDS += [
     ("unpaired", {"messages": turns("q", "good"), "label": 1}, EXPECTED[:1]),
     ("unpaired", {"instruction": "q", "input": "", "output": "good", "kto_tag": False}, EXPECTED[:1]),
     ("chat", {"conversations": chatml("q", "a", "q2", "good"), "system": "s"}, EXPECTED_MULTI_TURN[:1]),
+    ("completion", {"prompt": "q", "completion": "good"}, EXPECTED[:1]),
+    ("completion", {"prompt": turns("q"), "completion": ANSWER}, EXPECTED[:1]),
+    ("completion", {"instruction": "q", "input": "", "output": "good"}, EXPECTED[:1]),
+    (
+        "completion",
+        {"query": "q2", "history": [["q", "a"]], "system": "s", "response": "good"},
+        EXPECTED_MULTI_TURN[:1],
+    ),
 ]
 
 
@@ -487,6 +495,8 @@ def test_what_only_later_records_have_is_not_passed_over():
             read({"messages": turns("q", "good"), name: value}, format="chat")
         columns = {name: None}
         assert read({"messages": turns("q", "good"), name: value}, columns, "chat")[1].conversations == EXPECTED[:1]
+        with pytest.raises(RecordError, match="is beside completion in this record but not in the first ones"):
+            read({"prompt": "q", "completion": "good", name: value}, format="completion")
 
 
 def test_empty_columns_do_not_hide_full_ones():

@@ -196,6 +196,13 @@ def chat_records(draw):
 
 
 @st.composite
+def completion_records(draw):
+    prompt, answer = draw(prompts()), draw(texts)
+    name = draw(st.sampled_from(["completion", "response", "output"]))
+    return {"prompt": prompt, name: answer}, [[*prompt, assistant(answer)]]
+
+
+@st.composite
 def unpaired_records(draw):
     prompt, answer, label = draw(prompts()), draw(texts), draw(st.booleans())
     turns = [*prompt, assistant(answer)]
@@ -216,6 +223,7 @@ GRAMMAR = dict(
         ("steps", steps_records),
         ("output_pair", output_pair_records),
         ("chat", chat_records),
+        ("completion", completion_records),
         ("unpaired", unpaired_records),
         two_answers("shp", "history", ("human_ref_A", "human_ref_B"), lambda b: ("labels", 0 if b else 1, b)),
         two_answers("safe_rlhf", "prompt", ("response_0", "response_1"), lambda b: ("better_response_id", int(b), b)),

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-_COMPANIONS = (
-    "generation_config.json",
+_TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -12,11 +11,15 @@ _COMPANIONS = (
     "*.model",
     "*.jinja",
     "chat_template.json",
-    "LICENSE*",
-    "NOTICE*",
 )
+_COMPANIONS = (*_TOKENIZER, "generation_config.json", "LICENSE*", "NOTICE*")
 
 
 def is_companion(file: Path) -> bool:
     """Whether a file says how text becomes tokens, how to generate, or under which licence, going by its name."""
     return any(file.match(pattern) for pattern in _COMPANIONS)
+
+
+def is_of_tokenizer(file: Path) -> bool:
+    """Whether a file says how text becomes tokens, chat templates included, going by its name."""
+    return any(file.match(pattern) for pattern in _TOKENIZER)

@@ -13,6 +13,7 @@ from prefix_sharing.datasets.labels import with_labels
 from prefix_sharing.distributed import Ranks, is_rank_zero, rank_zero_first
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.hosts import TreeModel, missing_window
+from prefix_sharing.hosts.tokenizer_files import check_tokenizer
 from prefix_sharing.losses import Loss
 from prefix_sharing.planning import ByLength, ExampleSizes, Fixed, Packing, Plan, WholeDataset, report_plan
 from prefix_sharing.trees import RowOptions, bucket_length
@@ -41,6 +42,7 @@ def build_datasets(
     Raises:
         ConfigError: if one cannot be built or does not fit.
     """
+    check_tokenizer(cfg, tokenizer)
     dataset = build_dataset("dataset", cfg, tokenizer, model, loss)
     return dataset, build_dataset("dataset_val", cfg, tokenizer, model, loss) if cfg.dataset_val is not None else None
 

@@ -89,6 +89,7 @@ FORMS = {
             lambda record: isinstance(record.get("output"), list),
         ),
         Form("chat", (("messages", "conversations"),), single.read_chat),
+        Form("completion", (SOURCES, single.ANSWERS), single.read_completion, single.is_completion),
     )
 }
 """Every form by its name, in the order in which they are tried."""

@@ -1,5 +1,6 @@
-"""Forms of one answer: conversations for supervised fine-tuning, and answers with a verdict of their own for KTO."""
+"""Forms of one answer: for supervised fine-tuning, and with a verdict of its own for KTO."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from prefix_sharing.datasets.forms.comparison import Comparison, compare
@@ -14,14 +15,40 @@ _OF_PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages
 """Columns that say which answers are good, which nothing is learned of from a conversation alone."""
 
 
+ANSWERS = ("completion", "response", "output")
+"""Columns of an answer by itself."""
+
+
 def read_chat(record: Record) -> Comparison:
     """One conversation, messages or a transcript, for ``NLLLoss``."""
     if not record.is_mapped("messages"):
-        for name in _OF_PREFERENCES:
-            if name in record and (name not in ("label", "kto_tag") or has_verdict(record)):
-                problem = "is beside messages in this record but not in the first ones"
-                raise RecordError(record.key(name), f"{problem}; column_map: {{{name}: null}} leaves it alone")
+        _refuse_preferences(record, "messages")
     return _conversation(record)
+
+
+def is_completion(record: Record) -> bool:
+    """Whether nothing in a record says how good its answer is."""
+    return not any(_preferences_in(record))
+
+
+def read_completion(record: Record) -> Comparison:
+    """A prompt and an answer to it, for ``NLLLoss``: TRL's ``completion``, Alpaca's ``output``."""
+    name = next(name for name in ANSWERS if name in record)
+    if not record.is_mapped(name):
+        _refuse_preferences(record, name)
+    return compare(record, prompt_of(record), [record.get(name)], [record.key(name)])
+
+
+def _preferences_in(record: Record) -> Iterator[str]:
+    for name in _OF_PREFERENCES:
+        if name in record and (name not in ("label", "kto_tag") or has_verdict(record)):
+            yield name
+
+
+def _refuse_preferences(record: Record, beside: str) -> None:
+    for name in _preferences_in(record):
+        problem = f"is beside {beside} in this record but not in the first ones"
+        raise RecordError(record.key(name), f"{problem}; column_map: {{{name}: null}} leaves it alone")
 
 
 def _verdict_of(record: Record) -> str:

@@ -18,6 +18,7 @@ from prefix_sharing.config import explained, instantiate
 from prefix_sharing.distributed import is_rank_zero, wait_for_all_ranks
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.hosts.fitting import check_not_all_zero, check_tensors_fit, check_values
+from prefix_sharing.hosts.tokenizer_files import replace_tokenizer
 from prefix_sharing.hosts.torchtune.adapters import (
     adapter_to_save,
     correct_peft_file,
@@ -196,6 +197,7 @@ def save_checkpoint(checkpointer: Any, model: nn.Module, *, epoch: int, cfg: Dic
             if hasattr(checkpointer, "_checkpoint_dir"):
                 remove_unknown_copies(epoch_dir, Path(checkpointer._checkpoint_dir))
             complete_export(epoch_dir, config_file_of(checkpointer), adapter_only=adapter_only)
+            replace_tokenizer(cfg, epoch_dir)
 
 
 def _write(checkpointer: Any, content: dict[str, Any], epoch: int, directory: Path, adapter_only: bool) -> None:

@@ -17,6 +17,7 @@ from prefix_sharing.distributed import is_rank_zero
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.hosts.companions import is_companion
 from prefix_sharing.hosts.fitting import check_tensors_fit
+from prefix_sharing.hosts.tokenizer_files import replace_tokenizer
 from prefix_sharing.hosts.transformers.adapters import (
     ADAPTER_FILE,
     adapter_of,
@@ -226,6 +227,7 @@ def save_checkpoint(checkpointer: DirectoryCheckpointer, model: Any, *, epoch: i
             save_model(model, checkpointer, epoch_dir)
         if is_rank_zero():
             _copy_companions(local_directory(checkpointer.path), epoch_dir)
+            replace_tokenizer(cfg, epoch_dir)
 
 
 def save_model(model: Any, checkpointer: DirectoryCheckpointer, epoch_dir: Path) -> None:
