@@ -288,6 +288,18 @@ def test_columns_and_message_keys_without_a_use_are_named_in_one_line(write, cap
     assert line.endswith("not used: column id (2 records), message key weight (1 records)")
 
 
+def test_answers_to_different_prompts_are_said(write, caplog):
+    caplog.set_level("INFO")
+    chats = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for question, answer in (("q", "a"), ("q", "b"), ("another", "b"))
+    ]
+    build(write([{"chosen": chats[0], "rejected": chats[1]}, {"chosen": chats[0], "rejected": chats[2]}]))
+    (line,) = [r.getMessage() for r in caplog.records if "different prompts" in r.getMessage()]
+    assert "in 1 records the answers are to different prompts, such as" in line
+    assert "record 1 (line 2); only" in line
+
+
 def test_what_is_given_of_an_answer_is_not_scored(write):
     records = [{"prompt": "q", "initial_reason_steps": "bread butter", "chosen": " oven", "rejected": " salt"}]
     tokenizer = small_tokenizer()

@@ -53,6 +53,18 @@ def log_remarks(dataset: PrefixPreferenceDataset, records: Records, chosen_by: C
         unused.pop(f"column {column}", None)
     if unused:
         log.info("%s: not used: %s", dataset.name, ", ".join(f"{name} ({n:,} records)" for name, n in unused.items()))
+    prompts, dropped = (
+        np.asarray(tokenized.data.column(name).to_pylist(), dtype=object) for name in ("prompt", "dropped")
+    )
+    several = np.flatnonzero((prompts == "") & (dropped == ""))
+    if len(several):
+        log.info(
+            "%s: in %s records the answers are to different prompts, such as %s; only what these have in common is "
+            "shared",
+            dataset.name,
+            f"{len(several):,}",
+            "; ".join(records.describe(int(i)) for i in several[:_SHOWN]),
+        )
     lost = np.flatnonzero(tokenized.data.column("lost_text").to_numpy())
     if len(lost):
         log.warning(
