@@ -12,7 +12,6 @@ Plain ``tune run`` runs them as well.
 
 import argparse
 import os
-import re
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -26,6 +25,7 @@ from torchtune._cli.run import ROOT
 from torchtune._cli.validate import Validate
 
 from prefix_sharing.config import check_config, config_names, find_config, one_line, readable_errors
+from prefix_sharing.config.files import recipe_of
 from prefix_sharing.errors import UserError
 
 RECIPES = {
@@ -57,20 +57,6 @@ def register() -> None:
         registry.Recipe(name=recipe, file_path=_path_of(recipe), configs=configs[recipe], supports_distributed=several)
         for recipe, several in RECIPES.items()
     )
-
-
-def recipe_of(file: str) -> str | None:
-    """The recipe that a config is for, which its first line names.
-
-    Args:
-        file (str): the config's path.
-
-    Returns:
-        str | None: the recipe's name; None if the line names none, as in torchtune's own configs.
-    """
-    with open(file) as lines:
-        match = re.match(r"# Config for (\w+)\.py", lines.readline())
-    return match[1] if match else None
 
 
 class ValidateAsRecipesDo(Validate):

@@ -18,6 +18,7 @@ from prefix_sharing.config import (
     instantiate,
     parse,
 )
+from prefix_sharing.config.foreign import CALLED_HERE
 from prefix_sharing.errors import ConfigError, UserError
 
 QUICKSTART = find_config("quickstart/single_device")
@@ -56,7 +57,15 @@ def test_defaults_are_filled_in():
         ({"entirely_different": 2}, "'entirely_different': unknown key."),
         ({"fsdp_cpu_offload": True}, "'fsdp_cpu_offload': unknown key"),
         ({"reference.cache_dri": "x"}, "'reference.cache_dri': unknown key. Did you mean 'cache_dir'?"),
-        ({"batch_size": "many"}, "'batch_size': Value 'many' of type 'str' could not be converted to Integer"),
+        ({"batch_size": "many"}, "'batch_size': must be a whole number, but is 'many'."),
+        ({"batch_size": "${output_dir}"}, "'batch_size': must be a whole number, but is 'quickstart_output'."),
+        ({"epochs": 1.5}, "'epochs': must be a whole number, but is 1.5."),
+        ({"clip_grad_norm": "one"}, "'clip_grad_norm': must be a number, but is 'one'."),
+        ({"reference.precompute": "maybe"}, "'reference.precompute': must be True or False, but is 'maybe'."),
+        ({"reference": 5}, "'reference': must be a mapping, but is 5."),
+        ({"output_dir": True}, "'output_dir': must be text, but is True; quote it."),
+        ({"reference.cache_dir": True}, "'reference.cache_dir': must be text, but is True; quote it."),
+        ({"resume": True}, "'resume': must be text, but is True; give auto, or the directory of a training checkpoint"),
         ({"batch_size": 0}, "'batch_size': must be at least 1, but is 0."),
         ({"epochs": -1}, "'epochs': must be at least 1, but is -1."),
         ({"max_steps_per_epoch": 0}, "'max_steps_per_epoch': must be at least 1"),
@@ -67,18 +76,43 @@ def test_defaults_are_filled_in():
         ({"self_check": "gradient"}, "'self_check': must be True, False or gradients, but is gradient."),
         ({"clip_grad_norm": 0}, "'clip_grad_norm': must be above 0"),
         ({"clip_grad_norm": float("nan")}, "'clip_grad_norm': must be above 0"),
-        ({"shuffle": "perhaps"}, "'shuffle': Value 'perhaps'"),
+        ({"shuffle": "perhaps"}, "'shuffle': must be True or False, but is 'perhaps'."),
         (
             {"enable_activation_offloading": True},
             "'enable_activation_offloading': needs enable_activation_checkpointing",
         ),
         ({"ac_mode": "selective"}, "'ac_mode': selective needs enable_activation_checkpointing"),
         ({"ac_mode": "some"}, "'ac_mode': must be full or selective, but is some."),
-        ({"output_dir": "${nowhere}"}, "'output_dir': Interpolation key 'nowhere' not found"),
+        ({"output_dir": "${nowhere}"}, "'output_dir': Interpolation key 'nowhere' not found."),
         ({"output_dir": "???"}, "'output_dir': required, but not set."),
         ({"output_dir": None}, "'output_dir': required, but not set."),
         ({"dataset.num_pairs": "???"}, "'dataset.num_pairs': required, but not set."),
+        (
+            {"dataset.num_pairs": "???", "dataset_val.num_pairs": "${dataset.num_pairs}"},
+            "'dataset.num_pairs': required, but not set.",
+        ),
+        ({"dataset.num_pairs": "???", "dataset_val": "${dataset}"}, "'dataset.num_pairs': required, but not set."),
+        (
+            {"dataset.num_pairs": "???", "loss.beta": "???"},
+            "'dataset.num_pairs': required, but not set, and so is loss.beta.",
+        ),
+        (
+            {"dataset.num_pairs": "???", "loss.beta": "???", "optimizer.lr": "???"},
+            "'dataset.num_pairs': required, but not set, and so are loss.beta, optimizer.lr.",
+        ),
         ({"loss._component_": "prefix_sharing.losses.DPO"}, "'loss': component 'prefix_sharing.losses.DPO' not found"),
+        ({"loss._component_": "DPOLoss"}, "'DPOLoss' not found. Did you mean 'prefix_sharing.losses.DPOLoss'?"),
+        ({"loss._component_": "nowhere.DPOLoss"}, "'nowhere.DPOLoss' not found: No module named 'nowhere'."),
+        ({"optimizer._component_": "torch.optim.Adamw"}, "'torch.optim.Adamw' not found. Did you mean 'AdamW'?"),
+        ({"metric_logger._component_": "json"}, "'metric_logger': json is a module; name a class or function in it."),
+        (
+            {"loss._component_": "prefix_sharing.losses.NLLLoss", "loss.beta": 1},
+            "'loss.beta': unknown argument of prefix_sharing.losses.NLLLoss; remove it (~loss.beta on the command",
+        ),
+        (
+            {"optimizer.learning_rate": 1},
+            "'optimizer.learning_rate': unknown argument of torch.optim.AdamW. Here it is 'optimizer.lr'.",
+        ),
         ({"loss.bta": 1}, "'loss.bta': unknown argument of prefix_sharing.losses.DPOLoss. Did you mean 'beta'?"),
         ({"model.num_layer": 3}, "'model.num_layer': unknown argument of torchtune.models.llama3.llama3. Did you mean"),
         ({"loss.beta": [0.1, 0.2]}, "'loss.beta': must be a number, but is [0.1, 0.2]."),
@@ -252,7 +286,6 @@ def test_what_a_component_refuses_names_its_key():
         ("clip_grad", "clip_grad_norm"),
         ("fused", None),
         ("deepspeed", None),
-        ("learning_rate", None),
         ("entirely_different", None),
     ],
 )
@@ -261,6 +294,16 @@ def test_only_a_key_that_is_like_the_unknown_one_is_suggested(key, meant):
         checked(**{key: 1})
     suggestion = "" if meant is None else f" Did you mean '{meant}'?"
     assert str(caught.value) == f"Config key '{key}': unknown key.{suggestion}"
+
+
+@pytest.mark.parametrize(("key", "here"), CALLED_HERE.items())
+def test_a_key_of_torchtune_or_trl_is_given_its_name_here(key, here):
+    with pytest.raises(ConfigError) as caught:
+        checked(**{key: 1})
+    assert str(caught.value).startswith(f"Config key '{key}': unknown ")
+    assert str(caught.value).endswith(f" Here it is '{here}'.")
+    name, _, value = here.partition("=")
+    checked(**{name: value or OmegaConf.select(OmegaConf.load(QUICKSTART), name) or 1})
 
 
 def test_names_and_paths_resolve(tmp_path, monkeypatch):
@@ -308,9 +351,16 @@ def test_parse_reads_name_and_overrides(monkeypatch):
     assert cfg.dataset_val is None
 
 
+def test_a_mapping_with_a_component_replaces_the_configs(monkeypatch):
+    other = "{_component_: torch.optim.SGD, momentum: 0.9}"
+    cfg = run_main(monkeypatch, "--config", "quickstart/single_device", f"optimizer={other}", "optimizer.lr=0.5")
+    assert cfg.optimizer == {"_component_": "torch.optim.SGD", "momentum": 0.9, "lr": 0.5}
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--config", "quickstart/online"], "'prompts': unknown key. The config is for prefix_dpo_online."),
         ([], "Error: No config given; use --config NAME_OR_PATH."),
         (["--config", "nowhere"], "Error: Config 'nowhere' not found."),
         (["--config", "quickstart/single_device", "batch_size"], "cannot be read: Command-line overrides must be"),

@@ -457,7 +457,7 @@ def test_a_conversation_the_template_refuses_is_an_error_of_its_record(write, tm
             "is train_on_last, but train_on_input is true",
         ),
         ([pair("q", "a", "b")], {"format": "hh"}, "chosen must begin with"),
-        ([{"a": 1}], {}, "The columns a match no known form"),
+        ([{"a": 1}], {}, r"pairs.jsonl: its columns a match no known form"),
     ],
 )
 def test_bad_input_is_one_sentence(write, tmp_path, content, kwargs, message):

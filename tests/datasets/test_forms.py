@@ -8,7 +8,7 @@ from prefix_sharing.errors import ConfigError, UserError
 
 def read(record, columns=None, format=None):
     """How a record alone is read: its format, and its conversations."""
-    form = recognize_form([record], columns or {})[0] if format is None else FORMS[format]
+    form = recognize_form([record], columns or {}, "here")[0] if format is None else FORMS[format]
     return form.name, form.read(Record(record, columns))
 
 
@@ -359,14 +359,23 @@ def test_messages_may_be_the_chosen_ones_of_preference_data():
 
 def test_leading_empty_records_do_not_decide_the_format():
     rows = [{"chosen": None, "rejected": None}, {"chosen": turns("q", "a"), "rejected": turns("q", "b")}]
-    form, reason = recognize_form(rows, {})
+    form, reason = recognize_form(rows, {}, "here")
     assert form.name == "messages"
     assert reason == "columns chosen (a list), rejected (a list)"
 
 
 def test_unknown_forms_are_refused_with_the_columns_there_are():
-    with pytest.raises(UserError, match="The columns question, answer match no known form"):
-        recognize_form([{"question": "q", "answer": "a"}], {})
+    for columns, missing in {
+        ("question", "answer"): "",
+        ("prompt", "chosen"): r" \(rejected is missing\)",
+        ("chosen",): r" \(rejected is missing\)",
+        ("prompt", "response_1", "response_2"): r" \(preference_strength is missing\)",
+        ("prompt", "completion"): r" \(label or kto_tag is missing\)",
+        ("instruction", "output"): "",
+    }.items():
+        expected = f"qa.jsonl: its columns {', '.join(columns)} match no known form{missing}: chosen and"
+        with pytest.raises(UserError, match=expected):
+            recognize_form([dict.fromkeys(columns, "text")], {}, "qa.jsonl")
     with pytest.raises(UserError, match="unknown format 'sft'; choose from ranked, .*, chat"):
         choose_form("sft", [{"chosen": "a"}], {})
     with pytest.raises(UserError, match="ranked needs a column 'responses', but the columns are prompt"):

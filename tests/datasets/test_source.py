@@ -128,7 +128,10 @@ def test_a_slice_takes_records_as_datasets_does(tmp_path):
 def test_a_slice_without_a_record_is_refused(tmp_path, split):
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(f'{{"n": {i}}}\n' for i in range(10)))
-    with pytest.raises(UserError, match=r"'split': 'train\[.*' takes no record of .*pairs.jsonl: train has 10"):
+    advice = r"choose another slice, such as train\[:-1\] to train on and train\[-1:\] to evaluate on"
+    with pytest.raises(
+        UserError, match=rf"'split': 'train\[.*' takes no record of .*pairs.jsonl: train has 10; {advice}"
+    ):
         load(file, split)
 
 
@@ -218,8 +221,12 @@ def test_the_kind_of_files_is_told_by_their_names(files, kind):
 
 
 def test_files_of_no_kind_or_several_need_a_source():
-    for files in ("a.txt", ["a.json", "b.csv"]):
-        with pytest.raises(UserError, match="'source': required: the kind of a.* is not told by the name"):
+    for files in ("a.txt", ["b.json", "a.txt"]):
+        with pytest.raises(
+            UserError, match="'source': cannot tell the file type of a.txt from its name; set it to json"
+        ):
             kind_of_files({"data_files": files})
+    with pytest.raises(UserError, match="'data_files': must be files of one type, but are a.json, b.csv"):
+        kind_of_files({"data_files": ["a.json", "b.csv"]})
     with pytest.raises(UserError, match="'source': required: the name of a data set on the hub"):
         kind_of_files({})

@@ -48,7 +48,10 @@ def test_each_is_there_once_and_none_is_too_long(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("record", "message"),
-    [({"prompt": 3}, r"record 0 \(line 1\): 'prompt' must be a string"), ({"text": "x"}, "match no known form")],
+    [
+        ({"prompt": 3}, r"record 0 \(line 1\): 'prompt' must be a string"),
+        ({"text": "x"}, r"record 0 \(line 1\): its columns text match no known form"),
+    ],
 )
 def test_what_is_no_prompt_is_named(tmp_path, record, message):
     with pytest.raises(UserError, match=message):

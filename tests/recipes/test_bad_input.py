@@ -195,6 +195,7 @@ def test_a_mistake_in_the_held_out_data_set_names_its_key(refused):
 
 def test_a_loss_of_another_kind(refused):
     assert "stubs.LossOfAnotherKind is not a prefix_sharing.losses.Loss" in refused("loss=stubs.LossOfAnotherKind")
+    assert "; use prefix_sharing.losses.DPOLoss or subclass Loss" in refused("loss=torchtune.rlhf.loss.DPOLoss")
 
 
 def test_a_reference_for_a_loss_that_needs_none(refused):

@@ -115,6 +115,11 @@ def test_ranked_responses_train_packed(tmp_path):
     ("keys", "message"),
     [
         ({"pack_len": 128}, r"'pack_len': .*pairs.jsonl, record 31 \(line 32\) makes 522 tokens, more than 128"),
+        ({"pack_len": 128}, r"raise it \(auto fits the longest\) or lower tokenizer.max_seq_len\."),
+        (
+            {"pack_len": 128, "dataset.max_seq_len": 500, "dataset.group_by_prompt": True},
+            r", lower dataset.max_seq_len, or leave out dataset.group_by_prompt\.",
+        ),
         ({"global_batch_size": 99, "drop_last": True}, "'drop_last': leaves no steps of 45 examples"),
     ],
     ids=str,

@@ -182,6 +182,10 @@ def test_nothing_to_resume_from_starts_from_the_beginning(tmp_path):
     assert recipe.resumed is None
     with pytest.raises(UserError, match="'resume': nowhere not found; give auto, or the directory of a training"):
         run_in_process(tmp_path / "two", resume="nowhere")
+    with pytest.raises(
+        UserError, match=r"'resume': .* is no training checkpoint; give auto, or .*/checkpoints/step_3\."
+    ):
+        run_in_process(tmp_path / "two", resume=str(tmp_path / "epoch_0"))
 
 
 @contextlib.contextmanager

@@ -155,11 +155,17 @@ def test_answers_are_those_of_transformers(tmp_path):
         assert answers.tokenizer.decode(found[0, prompt.shape[1] :].tolist()).strip() in written
 
 
-def test_what_is_no_model_is_one_sentence(tmp_path):
+def test_what_is_no_model_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="has no config.json; it must be a directory of a model"):
         causal_lm(str(tmp_path))
     with pytest.raises(UserError, match="nowhere not found; it must be a directory of a model, or a name on the hub"):
         causal_lm(str(tmp_path / "nowhere"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match=r"^'nobody/nothing' not found: .*; where it can, tune download nobody/nothing "
+    ):
+        causal_lm("nobody/nothing")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="is no model of transformers"):
         causal_lm(str(tmp_path))

@@ -202,6 +202,11 @@ def find_checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=_step_of)
 
 
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory is a training checkpoint, be it damaged or not."""
+    return (directory / _ABOUT).is_file()
+
+
 def newest_checkpoint(directory: Path, run_id: str | None) -> TrainingCheckpoint | None:
     """Finds a run's newest checkpoint that is whole, and says which are not; a collective.
 

@@ -1,13 +1,15 @@
 """Everything about a config that is checked before work begins."""
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from prefix_sharing.config.annotations import in_words
 from prefix_sharing.config.components import check_component, default_of, find_component, one_line
 from prefix_sharing.config.files import did_you_mean
+from prefix_sharing.config.foreign import called_here
 from prefix_sharing.config.numbers import check_numbers, check_sizes
 from prefix_sharing.config.schema import COMPONENTS, ReferenceConfig, TrainingConfig
 from prefix_sharing.errors import ConfigError
@@ -22,12 +24,13 @@ _NOT_USED_WITH = {
 _REQUIRED_WITH = {"step": "global_batch_size", "dataset": "pack_rows_per_step"}
 
 
-def check_config(cfg: DictConfig, config_class: type) -> DictConfig:
+def check_config(cfg: DictConfig, config_class: type, meant_for: str | None = None) -> DictConfig:
     """Checks a config and fills in defaults.
 
     Args:
         cfg (DictConfig): as read.
         config_class (type): a dataclass of the keys there are.
+        meant_for (str | None): another recipe, which the config's file is for. Default: None.
 
     Returns:
         DictConfig: the config with every key of ``config_class``.
@@ -37,7 +40,7 @@ def check_config(cfg: DictConfig, config_class: type) -> DictConfig:
             exist or does not take an argument given to it.
     """
     cfg = cfg.copy()
-    _check_known("", cfg, config_class)
+    _check_known("", cfg, config_class, meant_for)
     if OmegaConf.is_dict(cfg.get("reference")):
         _check_known("reference.", cfg.reference, ReferenceConfig)
     for key in COMPONENTS:
@@ -69,11 +72,14 @@ def check_config(cfg: DictConfig, config_class: type) -> DictConfig:
     return cfg
 
 
-def _check_known(prefix: str, cfg: DictConfig, config_class: type) -> None:
+def _check_known(prefix: str, cfg: DictConfig, config_class: type, meant_for: str | None = None) -> None:
     known = [field.name for field in fields(config_class)]
     for key in map(str, cfg):
         if key not in known:
-            raise ConfigError(f"{prefix}{key}", f"unknown key.{did_you_mean(key, known)}")
+            suggestion = called_here(f"{prefix}{key}", known) or did_you_mean(key, known)
+            if not suggestion and meant_for is not None:
+                suggestion = f" The config is for {meant_for}."
+            raise ConfigError(f"{prefix}{key}", f"unknown key.{suggestion}")
 
 
 def _fill_in(cfg: DictConfig, config_class: type) -> DictConfig:
@@ -85,24 +91,52 @@ def _fill_in(cfg: DictConfig, config_class: type) -> DictConfig:
         known = [field.name for field in fields(config_class)]
         missing = [key for key in known if OmegaConf.is_missing(filled, key)] or sorted(OmegaConf.missing_keys(filled))
         if missing:
-            others = f", and so are {', '.join(missing[1:])}" if len(missing) > 1 else ""
-            raise ConfigError(missing[0], f"required, but not set{others}")
+            # What refers to another key, such as ``${dataset.data_files}``, is set with that.
+            first, *others = [key for key in missing if not _is_reference(filled, key)] or missing
+            are = "are" if len(others) > 1 else "is"
+            too = f", and so {are} {', '.join(others)}" if others else ""
+            raise ConfigError(first, f"required, but not set{too}")
         OmegaConf.to_container(filled, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(getattr(error, "full_key", None) or "?", one_line(error)) from error
+        raise _explained(error, cfg, config_class) from error
     _check_ranges(filled, config_class)
     if filled.get("reference") is not None and filled.reference.cache_dir == "":
         raise ConfigError("reference.cache_dir", "must not be empty; null turns the cache off")
     return filled
 
 
-def _check_choices(cfg: DictConfig, config_class: type) -> None:
-    for key, hint in get_type_hints(config_class).items():
-        if key not in cfg or OmegaConf.is_interpolation(cfg, key):
+def _is_reference(cfg: DictConfig, key: str) -> bool:
+    """Whether a key, or one above it, refers to another."""
+    parts = key.split(".")
+    parents = (OmegaConf.select(cfg, ".".join(parts[:i])) if i else cfg for i in range(len(parts)))
+    return any(map(OmegaConf.is_interpolation, parents, parts))
+
+
+def _explained(error: OmegaConfBaseException, cfg: DictConfig, config_class: type) -> ConfigError:
+    """What OmegaConf says of a value, without its own terms."""
+    key = getattr(error, "full_key", None) or "?"
+    hint: Any = config_class
+    for name in key.split("."):
+        hint = get_type_hints(hint).get(name) if is_dataclass(hint) else None
+    if not isinstance(error, ValidationError) or hint is None:
+        return ConfigError(key, one_line(error).partition(" full_key: ")[0])
+    return ConfigError(key, f"must be {in_words(hint)}, but is {OmegaConf.select(cfg, key)!r}")
+
+
+def _check_choices(cfg: DictConfig, config_class: type, prefix: str = "") -> None:
+    for name, hint in get_type_hints(config_class).items():
+        if name not in cfg or OmegaConf.is_interpolation(cfg, name):
             continue
-        value = cfg.get(key)
+        key, value = f"{prefix}{name}", cfg.get(name)
+        if isinstance(hint, type) and is_dataclass(hint) and value is not None:
+            if not OmegaConf.is_dict(value):
+                raise ConfigError(key, f"must be a mapping, but is {value}")
+            _check_choices(value, hint, f"{key}.")
         if hint is bool and isinstance(value, (int, float)) and value not in (0, 1):  # OmegaConf would take it for True
             raise ConfigError(key, f"must be True or False, but is {value}")
+        if isinstance(value, bool) and hint in (str, str | None):  # it would be taken for the text "True"
+            remedy = "give auto, or the directory of a training checkpoint" if key == "resume" else "quote it"
+            raise ConfigError(key, f"must be text, but is {value}; {remedy}")
         literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
         choices = [choice for literal in literals for choice in get_args(literal)]
         if choices and value not in choices and not (value is None and type(None) in get_args(hint)):

@@ -15,6 +15,7 @@ from torchtune.training import metric_logging
 
 from prefix_sharing.config.annotations import fits, in_words, may_be_list
 from prefix_sharing.config.files import did_you_mean
+from prefix_sharing.config.foreign import called_here
 from prefix_sharing.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,13 @@ _BUGS = (AttributeError, LookupError, NameError, AssertionError, ArithmeticError
 
 _DROP_UNKNOWN = (metric_logging.DiskLogger, metric_logging.TensorBoardLogger)
 """Components that take arguments of any name and make no use of them."""
+
+_USUAL_PLACES = {
+    "loss": "prefix_sharing.losses",
+    "optimizer": "torch.optim",
+    "metric_logger": "torchtune.training.metric_logging",
+}
+"""Where components are whose names are given without a module."""
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -81,8 +89,9 @@ def check_component(key: str, node: Any) -> None:
             if not fits(value, annotation):
                 raise ConfigError(f"{key}.{argument}", f"must be {in_words(annotation)}, but is {value!r}")
         elif inspect.Parameter.VAR_KEYWORD not in kinds:
-            suggestion = did_you_mean(argument, names)
-            raise ConfigError(f"{key}.{argument}", f"unknown argument of {node._component_}.{suggestion}")
+            suggestion = called_here(f"{key}.{argument}", [key]) or did_you_mean(argument, names)
+            end = f".{suggestion}" if suggestion else f"; remove it (~{key}.{argument} on the command line)"
+            raise ConfigError(f"{key}.{argument}", f"unknown argument of {node._component_}{end}")
 
 
 def find_component(key: str, path: Any) -> Callable[..., Any]:
@@ -103,9 +112,24 @@ def find_component(key: str, path: Any) -> Callable[..., Any]:
     if os.getcwd() not in sys.path:  # components in the user's own directory, as torchtune finds them
         sys.path.append(os.getcwd())
     try:
-        return resolve_name(path)
+        component = resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(key, f"component '{path}' not found: {one_line(error)}") from error
+        end = _component_like(key, path) or f": {one_line(error)}"
+        raise ConfigError(key, f"component '{path}' not found{end}") from error
+    if inspect.ismodule(component):
+        raise ConfigError(key, f"{path} is a module; name a class or function in it")
+    return component
+
+
+def _component_like(key: str, path: str) -> str:
+    """The end of a sentence about a component that is not there: one of nearly that name where it is looked for."""
+    module, _, name = path.rpartition(".")
+    place = module or _USUAL_PLACES.get(key, "")
+    with contextlib.suppress(ImportError, AttributeError, ValueError):
+        classes = [each for each, value in vars(resolve_name(place)).items() if inspect.isclass(value)]
+        suggestion = did_you_mean(name, classes)
+        return f".{suggestion if module else suggestion.replace(name, f'{place}.{name}')}" if suggestion else ""
+    return ""
 
 
 def default_of(component: Callable[..., Any], argument: str) -> Any:

@@ -1,6 +1,7 @@
-"""Finding config files by name."""
+"""Finding config files by name, and what they are for."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +40,20 @@ def find_config(name: str) -> str:
     return str(file)
 
 
+def recipe_of(file: str) -> str | None:
+    """The recipe that a config is for, which its first line names.
+
+    Args:
+        file (str): the config's path.
+
+    Returns:
+        str | None: the recipe's name; None if the line names none, as in torchtune's own configs.
+    """
+    with open(file) as lines:
+        match = re.match(r"# Config for (\w+)\.py", lines.readline())
+    return match[1] if match else None
+
+
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """The end of a sentence about an unknown name: a known one that is like it, if there is any.
 
@@ -49,7 +64,8 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     Returns:
         str: such as " Did you mean 'batch_size'?", or nothing.
     """
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=_ALIKE)
+    matches = [one for one in known if one.lower() == name.lower()]
+    matches = matches or difflib.get_close_matches(name, known, n=1, cutoff=_ALIKE)
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 

@@ -2,19 +2,23 @@
 
 import contextlib
 import functools
+import inspect
 import os
+import re
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 
 from prefix_sharing.config.checks import check_config
 from prefix_sharing.config.components import one_line
-from prefix_sharing.config.files import find_config
+from prefix_sharing.config.files import find_config, recipe_of
 from prefix_sharing.errors import UserError
 
 
@@ -35,7 +39,10 @@ def parse(config_class: type) -> Callable[[Callable[[DictConfig], None]], Callab
         @functools.wraps(recipe_main)
         def main() -> None:
             with readable_errors():
-                recipe_main(check_config(read_config(), config_class))
+                cfg = read_config()
+                meant_for = recipe_of(sys.argv[sys.argv.index("--config") + 1])
+                this = Path(inspect.getfile(recipe_main)).stem
+                recipe_main(check_config(cfg, config_class, meant_for if meant_for != this else None))
 
         main.config_class = config_class  # type: ignore[attr-defined]
         return main
@@ -64,7 +71,17 @@ def read_config() -> DictConfig:
             raise
     except Exception as error:
         raise UserError(f"Config '{sys.argv[name_at]}' cannot be read: {one_line(error)}.") from error
+    _replace_components(read[0], sys.argv)
     return read[0]
+
+
+def _replace_components(cfg: DictConfig, arguments: Sequence[str]) -> None:
+    """Lets ``loss={_component_: NAME, ...}`` replace the config's loss: torchtune reads it as ``loss._component_``."""
+    for key in map(str, cfg):
+        named: Any = OmegaConf.select(cfg, f"{key}._component_", throw_on_resolution_failure=False)
+        if OmegaConf.is_dict(named):
+            given = [re.split("[.=]", argument)[1] for argument in arguments if argument.startswith(f"{key}.")]
+            cfg[key] = OmegaConf.merge(named, OmegaConf.masked_copy(cfg[key], given))
 
 
 @contextlib.contextmanager

@@ -287,7 +287,7 @@ def _form_of(records: Records, options: PreferenceOptions) -> Form:
     if options.format is not None:
         form = choose_form(options.format, first, options.column_map)
     else:
-        form, reason = recognize_form(first, options.column_map)
+        form, reason = recognize_form(first, options.column_map, records.name)
         log.info("%s: format '%s' recognized by %s", records.name, form.name, reason)
     for name in ("label", "kto_tag"):
         column = options.column_map.get(name) or name

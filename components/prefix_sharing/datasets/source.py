@@ -125,13 +125,16 @@ def kind_of_files(kwargs: Mapping[str, Any]) -> str:
     files = _names(kwargs.get("data_files"))
     if not files:
         raise ConfigError("source", "required: the name of a data set on the hub, or files in data_files")
-    endings = {re.sub(r"\.(gz|bz2|xz|zst)$", "", file.lower()).rpartition(".")[2] for file in files}
-    kinds = {_KINDS.get(ending) for ending in endings}
-    kind = kinds.pop()
-    if kinds or kind is None:
-        problem = f"required: the kind of {', '.join(files)} is not told by the name; choose from json, csv, parquet"
+    endings = {file: re.sub(r"\.(gz|bz2|xz|zst)$", "", file.lower()).rpartition(".")[2] for file in files}
+    kinds = {file: _KINDS.get(ending) for file, ending in endings.items()}
+    unknown = [file for file, kind in kinds.items() if kind is None]
+    if unknown:
+        problem = f"cannot tell the file type of {', '.join(unknown)} from its name; set it to json, csv or parquet"
         raise ConfigError("source", problem)
-    return kind
+    first, *others = {kind for kind in kinds.values() if kind is not None}
+    if others:
+        raise ConfigError("data_files", f"must be files of one type, but are {', '.join(files)}")
+    return first
 
 
 def _names(files: Any) -> list[str]:
@@ -302,7 +305,11 @@ class Source:
             if not any(lengths[name] for name in names):
                 raise UserError(f"{self.name} is empty.")
             there = ", ".join(f"{name} has {lengths[name]:,}" for name in dict.fromkeys(names))
-            raise ConfigError("split", f"'{self.split}' takes no record of {self.name}: {there}")
+            problem = f"'{self.split}' takes no record of {self.name}: {there}; choose another slice"
+            name, part = names[0], lengths[names[0]] // 10 or 1
+            if lengths[name] > 1:
+                problem += f", such as {name}[:-{part}] to train on and {name}[-{part}:] to evaluate on"
+            raise ConfigError("split", problem)
         rows = datasets.concatenate_datasets(
             [splits[name].select(indices) for name, indices in zip(names, taken, strict=True)]
         )

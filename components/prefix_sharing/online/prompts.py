@@ -74,7 +74,7 @@ def _turns_before_answer(records: Records, index: int, columns: Mapping[str, str
     if turns and turns[-1]["role"] != "assistant":
         return turns
     # Preference data whose prompt is in its answers, or a conversation that is whole.
-    form, _ = recognize_form([values], columns)
+    form, _ = recognize_form([values], columns, records.describe(index))
     conversation = form.read(Record(values, columns)).conversations[0]
     return list(conversation[:-1])
 

@@ -269,9 +269,11 @@ def _pack_len(cfg: DictConfig, dataset: PrefixPreferenceDataset, key: str) -> in
         log.info("%s: pack_len is %s, the longest example rounded up", dataset.name, f"{pack_len:,}")
         return pack_len
     if num_tokens[longest] > cfg.pack_len:
+        shorter = f"{key if cfg[key].get('max_seq_len') else 'tokenizer'}.max_seq_len"
+        ungrouped = f", or leave out {key}.group_by_prompt" if cfg[key].get("group_by_prompt") else ""
         problem = (
             f"{dataset.describe(longest)} makes {num_tokens[longest]:,} tokens, more than {cfg.pack_len:,}; raise it "
-            f"(auto fits the longest), lower {key}.max_seq_len, or leave out group_by_prompt"
+            f"(auto fits the longest){',' if ungrouped else ' or'} lower {shorter}{ungrouped}"
         )
         raise ConfigError("pack_len", problem)
     return cfg.pack_len

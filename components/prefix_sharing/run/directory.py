@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from prefix_sharing.checkpoint import (
     TrainingCheckpoint,
     find_checkpoints,
+    is_checkpoint,
     newest_checkpoint,
     read_checkpoint,
     remove_unfinished,
@@ -138,6 +139,9 @@ def find_resumed(cfg: DictConfig) -> TrainingCheckpoint | None:
         return newest_checkpoint(directory, _run_id(cfg))
     if not Path(cfg.resume).is_dir():
         raise ConfigError("resume", f"{cfg.resume} not found; give auto, or the directory of a training checkpoint")
+    if not is_checkpoint(Path(cfg.resume)):
+        problem = f"{cfg.resume} is no training checkpoint; give auto, or a directory such as {directory}/step_3"
+        raise ConfigError("resume", problem)
     if Path(cfg.resume).resolve().parent != directory.resolve():
         _make_room(cfg, directory)
     return read_checkpoint(Path(cfg.resume))

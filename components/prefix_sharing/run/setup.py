@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import training, utils
 
+from prefix_sharing import losses
 from prefix_sharing.attention import choose_attention_backend
 from prefix_sharing.config import component_name, explained, instantiate
 from prefix_sharing.config.secrets import without_secrets
@@ -94,8 +95,10 @@ def build_loss(cfg: DictConfig) -> Loss:
     """
     loss = instantiate("loss", cfg.loss)
     if not isinstance(loss, Loss):
-        problem = f"{cfg.loss._component_} is not a prefix_sharing.losses.Loss; choose from prefix_sharing.losses or"
-        raise ConfigError("loss", f"{problem} subclass Loss")
+        name = component_name(cfg.loss)
+        remedy = f"use prefix_sharing.losses.{name}" if hasattr(losses, name) else "choose from prefix_sharing.losses"
+        problem = f"{cfg.loss._component_} is not a prefix_sharing.losses.Loss"
+        raise ConfigError("loss", f"{problem}; {remedy} or subclass Loss")
     if not loss.needs.reference and cfg.ref_checkpointer is not None:
         raise ConfigError("ref_checkpointer", f"not used: {type(loss).__name__} needs no reference; remove it")
     if loss.needs.whole_sequence and not cfg.share_prefix:

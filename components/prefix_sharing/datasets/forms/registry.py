@@ -95,12 +95,15 @@ FORMS = {
 """Every form by its name, in the order in which they are tried."""
 
 
-def recognize_form(records: Sequence[Mapping[str, Any]], columns: Mapping[str, str | None]) -> tuple[Form, str]:
+def recognize_form(
+    records: Sequence[Mapping[str, Any]], columns: Mapping[str, str | None], where: str
+) -> tuple[Form, str]:
     """Tells the form of a data set from its first records.
 
     Args:
         records (Sequence[Mapping[str, Any]]): a few records.
         columns (Mapping[str, str | None]): the user's ``column_map``.
+        where (str): where they come from, for the message.
 
     Returns:
         tuple[Form, str]: the form, and what it was recognized by.
@@ -115,9 +118,11 @@ def recognize_form(records: Sequence[Mapping[str, Any]], columns: Mapping[str, s
         if fitting and 2 * len(fitting) >= len(having):  # a few malformed records do not decide
             return form, _describe(*fitting[0])
     names = ", ".join(column_names(records))
+    missing = _only_one_missing(Record(dict.fromkeys(column_names(records), True), columns))
     raise UserError(
-        f"The columns {names} match no known form: chosen and rejected, prompt and responses, messages, or one of "
-        "those that docs/data.md lists; rename columns with column_map, or make records of a known form with record_fn."
+        f"{where}: its columns {names} match no known form{missing}: chosen and rejected, prompt and responses, "
+        "messages, or one of those that docs/data.md lists; rename columns with column_map, or make records of a known "
+        "form with record_fn."
     )
 
 
@@ -126,6 +131,20 @@ def _columns_of(form: Form, record: Record) -> tuple[Record, list[str] | None]:
     found = [next((name for name in names if name in record), None) for names in form.needs]
     names = [name for name in found if name is not None]
     return record, names if len(names) == len(form.needs) else None
+
+
+def _only_one_missing(record: Record) -> str:
+    """The column without which a record has no form, in brackets; nothing where there is none or a choice of them."""
+    lacking: dict[tuple[str, ...], int] = {}  # with how many columns that are there
+    for form in FORMS.values():
+        there = [names for names in form.needs if any(name in record for name in names)]
+        absent = [names for names in form.needs if names not in there]
+        if not absent:  # what is in the columns is at fault
+            return ""
+        if len(absent) == 1 and any(names[0] not in SOURCES for names in there):
+            lacking[absent[0]] = max(len(there), lacking.get(absent[0], 0))
+    nearest = [names for names, found in lacking.items() if found == max(lacking.values())]
+    return f" ({' or '.join(nearest[0])} is missing)" if len(nearest) == 1 else ""
 
 
 def _describe(record: Record, names: Sequence[str]) -> str:

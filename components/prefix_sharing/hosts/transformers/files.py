@@ -58,8 +58,10 @@ def local_directory(path: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        problem = f"{path} is no directory, and the hub has no such model or cannot be reached"
-        raise UserError(f"{problem}: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(
+            f"'{path}' not found: there is no such directory, and the hub has no such model, does not let you read it, "
+            f"or cannot be reached from here; where it can, tune download {path} --output-dir DIR, then give DIR."
+        ) from error
 
 
 def read_config(path: str) -> Any:
