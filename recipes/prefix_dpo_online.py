@@ -40,7 +40,6 @@ from prefix_sharing.reports.online import describe_rounds, plot_rounds, warn_of_
 from prefix_sharing.run import set_up_device, set_up_logging
 from prefix_sharing.run.data import plan_of_pass
 from prefix_sharing.run.directory import CHECKPOINTS, full_disk_explained, locked_output_dir
-from prefix_sharing.run.optimization import choose_seed
 from prefix_sharing.run.policies import Policies
 from prefix_sharing.run.setup import compute_dtype
 from prefix_sharing.run.signals import run_to_end
@@ -209,6 +208,8 @@ class PrefixDPOOnline:
     ) -> None:
         if cfg.dataset is not None or cfg.dataset_val is not None:
             raise ConfigError("dataset", "not used: prompts and prompts_val are what a round is made of; remove it")
+        if cfg.seed is None:
+            raise ConfigError("seed", "required: what is sampled already is known again by it")
         if cfg.ref_checkpointer is not None and cfg.online_reference != "first":
             raise ConfigError("ref_checkpointer", f"not used with online_reference: {cfg.online_reference}; remove it")
         if cfg.ref_model_mixup_alpha > 1:
@@ -222,7 +223,7 @@ class PrefixDPOOnline:
         self.cfg, self.device, self.round_class = cfg, device, round_class
         self.training_keys = [field.name for field in fields(training_keys)]
         self.output_dir = Path(cfg.output_dir)
-        self.seed = choose_seed(cfg.seed)
+        self.seed = cfg.seed
         self.policies = Policies(cfg, self.directory, self.seed)
         self.tokenizer = instantiate("tokenizer", cfg.tokenizer)
         self.judge = instantiate("judge", cfg.judge)

@@ -97,8 +97,8 @@ class PrefixDPORecipeSingleDevice:
         self.profiler = build_profiler(cfg)
         check_room(cfg, self.model, self.optimizer)
 
-        self.checkpointer, checkpoint, reference = self.load_checkpoints()
-        frozen = frozen_weights(self.model, self.loss, checkpoint, reference)
+        self.checkpointer, checkpoint, ref_checkpoint = self.load_checkpoints()
+        frozen = frozen_weights(self.model, self.loss, checkpoint, ref_checkpoint)
         self.training_checkpoints = training_checkpoints(cfg, self.dataset, self.plan, self.seed, frozen, self.resumed)
         self.model.load_weights(checkpoint, self.seed)
         forget_later_entries(cfg, self.resumed, self.num_steps)
@@ -107,12 +107,12 @@ class PrefixDPORecipeSingleDevice:
         self.reference = self.reference_val = None
         if self.loss.needs.reference:
             epochs_run = self.global_step // self.plan.steps_per_epoch
-            visited = self.plan.of_pass(self.plan.examples_visited(epochs_run, cfg.epochs))
+            reference_plan = self.plan.of_pass(self.plan.examples_visited(epochs_run, cfg.epochs))
             self.reference, self.reference_val = set_up_reference(
                 cfg,
                 checkpoint,
-                reference,
-                [(self.dataset, visited), (self.dataset_val, self.plan_val)],
+                ref_checkpoint,
+                [(self.dataset, reference_plan), (self.dataset_val, self.plan_val)],
                 seed=self.seed,
                 model=self.model,
                 new_model=self.new_model,
@@ -124,8 +124,9 @@ class PrefixDPORecipeSingleDevice:
 
     def load_checkpoints(self) -> tuple[Any, Checkpoint, Checkpoint | None]:
         """What writes checkpoints, the weights to begin with, and those of the reference where they are others."""
-        begin = load_checkpoint("checkpointer", self.cfg.checkpointer, adapter=self.cfg.adapter_checkpoint)
-        return *begin, load_reference(self.cfg)
+        cfg = self.cfg
+        checkpointer, checkpoint = load_checkpoint("checkpointer", cfg.checkpointer, adapter=cfg.adapter_checkpoint)
+        return checkpointer, checkpoint, load_reference(cfg)
 
     def new_model(self) -> TreeModel:
         """Allocates a model without weights. They and optimizer state are fp32; ``forward`` casts to ``dtype``."""
@@ -146,22 +147,18 @@ class PrefixDPORecipeSingleDevice:
 
     def evaluate(self) -> Evaluation | None:
         """Evaluates on ``dataset_val`` and logs under ``eval/``."""
-        if self.dataset_val is None or self.plan_val is None:
+        dataset, plan = self.dataset_val, self.plan_val
+        if dataset is None or plan is None:
             return None
-        loss_of = functools.partial(self.loss_of, reference=self.reference_val)
-        forward = functools.partial(self.forward, self.model)
-        kl_of = functools.partial(estimate_kl, reference=self.reference_val) if self.loss.needs.kl else None
-        self.model.eval()
         found = evaluate(
-            forward, self.dataset_val, self.plan_val, self.step_loader, loss_of, self.loss.mean_over, kl_of
+            self.model, self.forward, dataset, plan, self.step_loader, self.loss, self.loss_of, self.reference_val
         )
-        self.model.train()
         self.metric_logger.log_dict(found.metrics, step=self.global_step)
         return found
 
     def save_state(self, metrics: StepMetrics) -> None:
         """Begins to save all that it takes to continue from this step."""
-        values = remembered(self.seed, metrics, self.finite, self.before)
+        values = remembered(self.seed, metrics, self.finite, self.before, self.dataset_val)
         self.training_checkpoints.save(self.global_step, self.model, self.optimizer, self.lr_scheduler, values)
 
     def train(self, stop: StopRequest) -> None:
@@ -176,7 +173,7 @@ class PrefixDPORecipeSingleDevice:
         self.before = self.evaluate() if self.resumed is None else None
         metrics = StepMetrics(self.device, self.loss.mean_over)
         if self.resumed is not None:
-            self.before = recall(self.resumed.values, metrics, self.finite)
+            self.before = recall(self.resumed.values, metrics, self.finite, self.dataset_val)
         after, evaluated_at = self.before, 0
         compile_watch = CompileWatch()
         self.profiler.start()
@@ -247,7 +244,7 @@ class PrefixDPORecipeSingleDevice:
             progress.close()
             with metrics.paused():
                 save_checkpoint(self.checkpointer, self.model, epoch=epoch, cfg=cfg)
-                self.save_state(metrics)
+            self.save_state(metrics)
             if exit_code and self.global_step < self.num_steps:
                 stop_run(self.training_checkpoints, self.global_step, exit_code)
         self.training_checkpoints.wait()

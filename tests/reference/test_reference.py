@@ -138,7 +138,9 @@ def test_the_reference_is_known_by_content(models, tmp_path):
 
     def name(weights, model=model, dtype="fp32"):
         reference = {"cache_dir": str(tmp_path)}
-        cfg = OmegaConf.create({"model": model, "dtype": dtype, "compile": False, "reference": reference})
+        cfg = OmegaConf.create(
+            {"model": model, "dtype": dtype, "compile": False, "attention_backend": None, "reference": reference}
+        )
         return module.open_reference_cache(cfg, Checkpoint(weights)).directory.name
 
     weights = plain.state_dict()
@@ -241,7 +243,13 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_key(tmp_path)
     (tmp_path / "file").write_text("")
     model = {"_component_": "torchtune.models.llama3.llama3"}
     cfg = OmegaConf.create(
-        {"model": model, "dtype": "fp32", "compile": False, "reference": {"cache_dir": str(tmp_path / "file")}}
+        {
+            "model": model,
+            "dtype": "fp32",
+            "compile": False,
+            "attention_backend": None,
+            "reference": {"cache_dir": str(tmp_path / "file")},
+        }
     )
     with pytest.raises(UserError, match="'reference.cache_dir': .*file cannot be written: Not a directory"):
         module.open_reference_cache(cfg, Checkpoint())
@@ -253,6 +261,7 @@ def test_code_that_computes_something_else_is_another_key(tmp_path, monkeypatch)
             "model": {"_component_": "torchtune.models.llama3.llama3"},
             "dtype": "fp32",
             "compile": False,
+            "attention_backend": None,
             "reference": {"cache_dir": str(tmp_path)},
         }
     )

@@ -44,11 +44,13 @@ class Checkpoint:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A short name for the content of weights and adapter, wherever they are: 32 hexadecimal digits.
+        """A short name for the content of weights, adapter and ``config.json``, wherever they are.
 
-        On rank 0, which may have them alone; reads one tensor after the other.
+        32 hexadecimal digits; on rank 0, which may have the weights alone. Reads one tensor after the other.
         """
         digest = xxhash.xxh3_128()
+        if self.config_file is not None:  # no tensor has the base of rotary embeddings, or a norm's epsilon
+            digest.update(self.config_file.read_bytes())
         for tensors in (self.weights, self.adapter):
             for name in sorted(tensors):
                 tensor = tensors[name].detach().contiguous()

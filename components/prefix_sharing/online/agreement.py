@@ -29,6 +29,7 @@ def sampler_differences(
         of_answer = {tuple(answer): k for k, answer in enumerate(row["answers"])}
         for response, log_prob in zip(dataset[i], log_probs[i], strict=False):  # others have more responses
             answer = tuple(response.tokens[len(row["prompt_tokens"]) :].tolist())
-            found.append(abs(log_prob - row["log_probs"][of_answer[answer]]) / len(answer))
+            if answer in of_answer:  # KTO adds answers to other prompts
+                found.append(abs(log_prob - row["log_probs"][of_answer[answer]]) / len(answer))
     differences = np.array(found, dtype=np.float64)
     return differences[~np.isnan(differences)]

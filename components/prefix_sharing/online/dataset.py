@@ -11,6 +11,7 @@ from prefix_sharing.datasets import PrefixPreferenceDataset
 from prefix_sharing.datasets.ranking import PairStrategy, pairs_with_a_preference
 from prefix_sharing.datasets.table import FEATURES, NO_REMARKS, dropped_example, tokenized_example
 from prefix_sharing.errors import UserError
+from prefix_sharing.fingerprint import code_fingerprint
 from prefix_sharing.online.tables import read_rows
 from prefix_sharing.tokenizers import ChatTokenizer
 
@@ -45,7 +46,9 @@ def sampled_preference_dataset(
     if not Path(data_files).is_file():
         raise UserError(f"{data_files} not found; prefix_dpo_online and prefix_dpo_judge write it.")
     rows = read_rows(Path(data_files))
-    table = datasets.Dataset.from_generator(_examples, gen_kwargs={"rows": rows, "pairs": pairs}, features=FEATURES)
+    table = datasets.Dataset.from_generator(
+        _examples, gen_kwargs={"rows": rows, "pairs": pairs, "code": _code()}, features=FEATURES
+    )
     return PrefixPreferenceDataset(table, data_files)
 
 
@@ -59,7 +62,7 @@ def sampled_answers(rows: list[dict[str, Any]], name: str) -> PrefixPreferenceDa
     Returns:
         PrefixPreferenceDataset: the data set.
     """
-    table = datasets.Dataset.from_generator(_all_answers, gen_kwargs={"rows": rows}, features=FEATURES)
+    table = datasets.Dataset.from_generator(_all_answers, gen_kwargs={"rows": rows, "code": _code()}, features=FEATURES)
     return PrefixPreferenceDataset(table, name)
 
 
@@ -87,7 +90,12 @@ def describe_pairs(
     }
 
 
-def _all_answers(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _code() -> str:
+    """An argument that only decides where ``datasets`` caches a table: it knows a generator by its name."""
+    return code_fingerprint("online", "datasets", "trees")
+
+
+def _all_answers(rows: list[dict[str, Any]], code: str) -> Iterator[dict[str, Any]]:
     for row in rows:
         prompt = row["prompt_tokens"]
         yield tokenized_example(
@@ -99,7 +107,7 @@ def _all_answers(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         )
 
 
-def _examples(rows: list[dict[str, Any]], pairs: PairStrategy) -> Iterator[dict[str, Any]]:
+def _examples(rows: list[dict[str, Any]], pairs: PairStrategy, code: str) -> Iterator[dict[str, Any]]:
     for row in rows:
         yield _example(row, pairs)
 

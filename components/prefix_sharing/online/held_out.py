@@ -50,6 +50,7 @@ def compare(new: HeldOut, before: HeldOut, first: HeldOut) -> dict[str, float]:
     """
     gain = float(np.nanmean(new.scores) - np.nanmean(first.scores))
     longer = float(new.lengths.mean() - first.lengths.mean())
+    known = ~np.isnan(new.log_probs)  # some servers do not tell
     return {
         "score": float(np.nanmean(new.scores)),
         "score_gain": gain,
@@ -57,7 +58,7 @@ def compare(new: HeldOut, before: HeldOut, first: HeldOut) -> dict[str, float]:
         "win_rate_over_last": win_rate(new.scores, before.scores),
         "win_rate_over_first": win_rate(new.scores, first.scores),
         "answer_length": float(new.lengths.mean()),
-        "entropy": float(-np.nansum(new.log_probs) / new.lengths.sum()),
+        "entropy": float(-new.log_probs[known].sum() / new.lengths[known].sum()) if known.any() else float("nan"),
         "share_complete": new.share_complete,
     }
 
@@ -78,7 +79,9 @@ def win_rate(scores: np.ndarray, others: np.ndarray) -> float:
 
 
 def score_per_token(policies: Sequence[HeldOut]) -> float:
-    """How much a longer answer to the same prompt scores, a token: the slope within prompts and policies.
+    """How much more a longer answer scores, a token: the slope within each prompt's answers by a policy.
+
+    With one answer to each prompt, it is the slope within a policy's answers, which prompts may have a part in.
 
     Args:
         policies (Sequence[HeldOut]): whose answers are compared each with those of the same policy.
@@ -88,9 +91,14 @@ def score_per_token(policies: Sequence[HeldOut]) -> float:
     """
     lengths, scores = [], []
     for policy in policies:
-        # Within a policy over all prompts, for there may be one answer to each only.
-        usable = ~np.isnan(policy.scores)
-        lengths.append(policy.lengths[usable] - policy.lengths[usable].mean())
-        scores.append(policy.scores[usable] - policy.scores[usable].mean())
+        several = policy.scores.shape[1] > 1
+        answers_of = zip(policy.lengths, policy.scores, strict=True) if several else [(policy.lengths, policy.scores)]
+        for of_prompt, scored in answers_of:
+            usable = ~np.isnan(scored)
+            if usable.any():
+                lengths.append(of_prompt[usable] - of_prompt[usable].mean())
+                scores.append(scored[usable] - scored[usable].mean())
+    if not lengths:
+        return 0.0
     x, y = np.concatenate(lengths), np.concatenate(scores)
     return float((x * y).sum() / (x * x).sum()) if (x * x).sum() > 0 else 0.0

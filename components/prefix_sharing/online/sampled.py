@@ -29,6 +29,7 @@ def answer_prompts(
     Raises:
         UserError: if what is there is another policy's, or sampled in another way.
     """
+    wait_for_all_ranks()  # the name took rank 0 reading all weights
     keys = [prompt.key for prompt in prompts]
     made_by = {"policy": broadcast_object(name), "prompts": fingerprint(keys), "options": repr(options)}
     answers = RoundTable(where / "answers.parquet", made_by)

@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pkgutil import resolve_name
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +54,7 @@ class KnownReference:
 
 @dataclass(frozen=True)
 class FrozenReference:
-    """A second model that is never trained, for data that is used once.
+    """A model that is asked for each Row, for data that is used once: a second one, or the trained one's base.
 
     Args:
         forward (Callable[[Row], ResponseLogProbs]): its forward pass.
@@ -132,9 +134,14 @@ def set_up_reference(
 def _without_adapter(
     forward: Callable[[TreeModel, Row], ResponseLogProbs], model: TreeModel, row: Row
 ) -> ResponseLogProbs:
-    """The base model's log-probs, by the model that is trained."""
-    with model.without_adapter():
-        return forward(model, row)
+    """The base model's log-probs, by the model that is trained, without its dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        with model.without_adapter():
+            return forward(model, row)
+    finally:
+        model.train(was_training)
 
 
 def open_reference_cache(cfg: DictConfig, checkpoint: Checkpoint, tail_weight: float = 1.0) -> ReferenceCache | None:
@@ -153,15 +160,17 @@ def open_reference_cache(cfg: DictConfig, checkpoint: Checkpoint, tail_weight: f
     """
     if cfg.reference.cache_dir is None or not is_rank_zero():
         return None
+    model: Any = OmegaConf.to_container(cfg.model, resolve=True)
     decides = {
         "weights": checkpoint.fingerprint,
-        "model": OmegaConf.to_container(cfg.model, resolve=True),
+        "model": {name: value for name, value in model.items() if name != "path"},  # what is there counts
         "source": source_of(resolve_name(cfg.model._component_)),
         "dtype": cfg.dtype,
-        "compile": cfg.compile,  # which rounds in another order
+        "compile": cfg.compile,  # which rounds in another order, as do backends
+        "attention_backend": cfg.attention_backend,
         "tail_weight": tail_weight,
         "code": code_fingerprint("trees", "attention", "scoring.py", "hosts"),
-        "torchtune": version("torchtune"),
+        "libraries": {name: version(name) for name in ("torchtune", "transformers", "peft") if find_spec(name)},
     }
     name = json.dumps(decides, sort_keys=True, default=str)
     about = {"model": cfg.model._component_, "dtype": cfg.dtype, "made": time.strftime("%Y-%m-%d %H:%M")}

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -23,7 +24,7 @@ from prefix_sharing.checkpoint import (
     read_checkpoint,
     remove_unfinished,
 )
-from prefix_sharing.checkpoint.state import readable_size
+from prefix_sharing.checkpoint.state import UNFINISHED, readable_size
 from prefix_sharing.distributed import broadcast_object, is_rank_zero
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.hosts import TreeModel
@@ -136,7 +137,9 @@ def find_resumed(cfg: DictConfig) -> TrainingCheckpoint | None:
         _make_room(cfg, directory)
         return None
     if cfg.resume == "auto":
-        return newest_checkpoint(directory, _run_id(cfg))
+        found = newest_checkpoint(directory, _remembered(cfg).get("id"))
+        begins_with = broadcast_object(_remembered(cfg).get("begins_with"))
+        return found if found is not None or begins_with is None else read_checkpoint(Path(begins_with))
     if not Path(cfg.resume).is_dir():
         raise ConfigError("resume", f"{cfg.resume} not found; give auto, or the directory of a training checkpoint")
     if not is_checkpoint(Path(cfg.resume)):
@@ -209,11 +212,16 @@ def run_id(cfg: DictConfig, resumed: TrainingCheckpoint | None, num_examples: in
     Returns:
         str: that of the run that is continued, or a new one.
     """
-    known = _run_id(cfg) if cfg.resume == "auto" and resumed is not None else None
-    new = broadcast_object(known or secrets.token_hex(8))
-    if is_rank_zero() and new != _run_id(cfg):
+    known = _remembered(cfg).get("id")
+    goes_on = cfg.resume == "auto" and resumed is not None and known is not None
+    new = broadcast_object(known if goes_on else secrets.token_hex(8))
+    if is_rank_zero() and new != known:
         content = {"id": new, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "examples": num_examples}
-        (Path(cfg.output_dir) / _RUN).write_text(json.dumps(content), encoding="utf-8")
+        if resumed is not None:  # which the run continues from as long as it has saved nothing itself
+            content["begins_with"] = str(resumed.directory.resolve())
+        unfinished = Path(cfg.output_dir) / f"{_RUN}{UNFINISHED}"
+        unfinished.write_text(json.dumps(content), encoding="utf-8")
+        unfinished.replace(Path(cfg.output_dir) / _RUN)
     return new
 
 
@@ -237,11 +245,12 @@ def examples_of_run(output_dir: Path) -> int:
         raise UserError(f"{file} {problem}; give the output_dir of a training run of this version.") from error
 
 
-def _run_id(cfg: DictConfig) -> str | None:
-    file = Path(cfg.output_dir) / _RUN
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return json.loads(file.read_text(encoding="utf-8"))["id"]
-    return None
+def _remembered(cfg: DictConfig) -> dict[str, Any]:
+    """What ``run.json`` says; nothing if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((Path(cfg.output_dir) / _RUN).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _make_room(cfg: DictConfig, directory: Path) -> None:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prefix_sharing.checkpoint import Checkpoint, TrainingCheckpoint, TrainingCheckpoints
 from prefix_sharing.datasets import PrefixPreferenceDataset
-from prefix_sharing.distributed import broadcast_object, is_rank_zero
+from prefix_sharing.distributed import broadcast_object, is_rank_zero, wait_for_all_ranks
 from prefix_sharing.errors import UserError
 from prefix_sharing.fingerprint import fingerprint
 from prefix_sharing.hosts import TreeModel
@@ -39,7 +39,7 @@ _DECISIVE = (
 """Keys that decide a run's numbers; data, lengths and examples per step are compared by what they come to."""
 
 _PATHS = ("path",)
-"""Arguments of components that may differ: a model may have moved, and its names and shapes are compared anyway."""
+"""Arguments of components that may differ: a model may have moved, and what is there is compared."""
 
 
 def frozen_weights(
@@ -58,10 +58,13 @@ def frozen_weights(
     """
     frozen = {}
     if is_rank_zero():  # which may have the weights alone
+        if checkpoint.config_file is not None:
+            frozen["content of the model's config.json"] = fingerprint(checkpoint.config_file.read_bytes())
         if model.has_adapter:
             frozen["content of the base model's weights"] = checkpoint.fingerprint
         if loss.needs.reference:
             frozen["content of the reference's weights"] = (reference or checkpoint).fingerprint
+    wait_for_all_ranks()  # reading all weights may take as long as set-up
     return broadcast_object(frozen)
 
 
@@ -97,7 +100,7 @@ def training_checkpoints(
     if isinstance(plan.packing, WholeDataset):
         decides |= {"pack_len": plan.packing.pack_len, "pack_rows_per_step": plan.packing.rows_per_step}
     if resumed is not None:
-        _compare(decides, resumed, plan)
+        _compare(decides, resumed, plan.steps_per_epoch, cfg.epochs)
         log.info("Resuming after step %d from %s", resumed.step, resumed.directory)
     run = {"id": run_id(cfg, resumed, len(dataset)), "steps_per_epoch": plan.steps_per_epoch, "decides": decides}
     return TrainingCheckpoints(Path(cfg.output_dir) / CHECKPOINTS, run, cfg.keep_last_n)
@@ -109,16 +112,19 @@ def _without_paths(value: Any) -> Any:
     return {key: part for key, part in value.items() if key not in _PATHS}
 
 
-def _compare(decides: Mapping[str, Any], resumed: TrainingCheckpoint, plan: Plan) -> None:
-    saved, steps = resumed.content["run"], plan.steps_per_epoch
-    before = saved["decides"]
+def _compare(decides: Mapping[str, Any], resumed: TrainingCheckpoint, steps: int, epochs: int) -> None:
+    saved = resumed.content["run"]
+    before, steps_before = saved["decides"], saved["steps_per_epoch"]
     differing = [
         f"{key} was {_shown(before.get(key))} and is {_shown(decides.get(key))}"
         for key in {**decides, **before}
         if before.get(key) != decides.get(key)
     ]
-    if saved["steps_per_epoch"] != steps and resumed.step > min(saved["steps_per_epoch"], steps):
-        differing.append(f"steps per epoch were {saved['steps_per_epoch']} and are {steps}")
+    # The weights of an epoch are written after its last step, which has to be still to come.
+    if resumed.step > steps_before < steps or resumed.step >= steps < steps_before:
+        differing.append(f"steps per epoch were {steps_before} and are {steps}")
+    elif resumed.step > epochs * steps:
+        differing.append(f"epochs is {epochs}, which ended before step {resumed.step}")
     if differing:
         raise UserError(
             f"{resumed.directory} cannot be continued with this config: {'; '.join(differing)}. Set back what differs, "
@@ -132,7 +138,9 @@ def _shown(value: Any) -> str:
 
 
 def forget_later_entries(cfg: DictConfig, resumed: TrainingCheckpoint | None, num_steps: int) -> None:
-    """Takes from the logs on disk what will come again: what is after the step that a run continues from.
+    """Takes from a run's logs on disk what will come again: what is after the step that it continues from.
+
+    Logs outside of ``output_dir`` may be of other runs as well, and stay as they are.
 
     Args:
         cfg (DictConfig): the run's config.
@@ -141,6 +149,8 @@ def forget_later_entries(cfg: DictConfig, resumed: TrainingCheckpoint | None, nu
     """
     log_dir = cfg.metric_logger.get("log_dir")
     if cfg.resume is None or log_dir is None or not is_rank_zero():
+        return
+    if not Path(log_dir).resolve().is_relative_to(Path(cfg.output_dir).resolve()):
         return
     last = -1 if resumed is None else resumed.step
     for file in Path(log_dir).glob("log_*.txt"):
@@ -175,7 +185,11 @@ def stop_run(checkpoints: TrainingCheckpoints, step: int, exit_code: int) -> NoR
 
 
 def remembered(
-    seed: int, metrics: StepMetrics, finite: FiniteCheck, evaluation_before: Evaluation | None
+    seed: int,
+    metrics: StepMetrics,
+    finite: FiniteCheck,
+    evaluation_before: Evaluation | None,
+    dataset_val: PrefixPreferenceDataset | None,
 ) -> dict[str, Any]:
     """What a training checkpoint holds besides tensors of model and optimizer, as JSON can say it: a collective.
 
@@ -184,32 +198,42 @@ def remembered(
         metrics (StepMetrics): of the steps since the last log entry.
         finite (FiniteCheck): what has been left out.
         evaluation_before (Evaluation | None): that before training.
+        dataset_val (PrefixPreferenceDataset | None): what it is of.
 
     Returns:
         dict[str, Any]: for ``recall``, and the seed for ``choose_seed``.
     """
     before = None
-    if evaluation_before is not None:
+    if evaluation_before is not None and dataset_val is not None:
         tensors = {name: getattr(evaluation_before, name).tolist() for name in ("log_probs", "num_scored")}
-        before = {"metrics": evaluation_before.metrics, **tensors}
+        before = {"metrics": evaluation_before.metrics, "of": fingerprint(dataset_val.ids.to_pylist()), **tensors}
     return {"seed": seed, "metrics": metrics.state_dict(), "finite": finite.state_dict(), "before": before}
 
 
-def recall(values: Mapping[str, Any], metrics: StepMetrics, finite: FiniteCheck) -> Evaluation | None:
+def recall(
+    values: Mapping[str, Any],
+    metrics: StepMetrics,
+    finite: FiniteCheck,
+    dataset_val: PrefixPreferenceDataset | None,
+) -> Evaluation | None:
     """Goes on from what ``remembered`` returned.
 
     Args:
         values (Mapping[str, Any]): ``TrainingCheckpoint.values``.
         metrics (StepMetrics): of the next steps.
         finite (FiniteCheck): the check of the next steps.
+        dataset_val (PrefixPreferenceDataset | None): the held-out data set, which may be another one by now.
 
     Returns:
-        Evaluation | None: that before training.
+        Evaluation | None: that before training; None if it was of other data.
     """
     metrics.load_state_dict(values["metrics"])
     finite.load_state_dict(values["finite"])
     before = values["before"]
-    if before is None:
+    if before is None or dataset_val is None:
+        return None
+    if before["of"] != fingerprint(dataset_val.ids.to_pylist()):
+        log.warning("%s is not what was evaluated before training, so the two are not compared.", dataset_val.name)
         return None
     log_probs = torch.tensor(before["log_probs"], dtype=torch.float64)
     return Evaluation(before["metrics"], log_probs, torch.tensor(before["num_scored"]))

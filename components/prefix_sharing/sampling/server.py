@@ -111,6 +111,9 @@ def served_sampler(
     server_at = Server(base_url, api_key_env, concurrency, retries, timeout)
     sampler = ServedSampler(policy.tokenizer, server_at, model, server, reload)
     if policy.directory is not None and is_rank_zero():
+        if reload is not None and policy.checkpoint.adapter and not (policy.directory / "adapter").is_dir():
+            problem = "served_sampler with reload needs the whole model, beside which an adapter is in adapter"
+            raise ConfigError("sampler", f"{problem}; set save_adapter_weights_only: False")
         sampler.reload(policy.directory)
     wait_for_all_ranks()
     return sampler
