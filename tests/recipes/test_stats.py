@@ -47,8 +47,8 @@ def test_what_is_found_is_printed_and_written(stats, tmp_path, capsys, pictures)
     assert "branch 2" in printed
     assert "scored tokens in brackets:" in printed
     assert "\033" not in printed
+    tokens = stats.plan.sizes.num_tokens[stats.plan.examples_visited(0, 1)].sum()
     for packing in found["packings"]:
-        tokens = stats.plan.sizes.num_tokens.sum()
         assert packing["fill"] == pytest.approx(tokens / (packing["rows"] * packing["pack_len"]))
 
 
@@ -89,7 +89,7 @@ def test_scored_tokens_are_underlined_and_parts_have_colours():
 
 
 @pytest.mark.parametrize(("prefix", "branch"), [([40], [10]), ([40] * 8, [10] * 8), ([0, 0], [300, 300])])
-def test_lengths_that_do_not_vary_are_drawn(tmp_path, prefix, branch):
+def test_lengths_that_do_not_vary_are_drawn(tmp_path, prefix, branch, pictures):
     prefixes, branches = np.array(prefix), np.array(branch)
     lengths = Lengths(prefixes, [branches, branches], np.full(len(prefix), 2), prefixes + 2 * branches)
     plot_lengths(lengths, "title", tmp_path / "lengths.png")
