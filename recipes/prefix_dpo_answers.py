@@ -136,12 +136,16 @@ class PrefixDPOAnswers:
             when: [self.tokenizer.decode(answer.tokens.tolist()) for answer in self.answer(prompts, when)]
             for when in self.models()
         }
-        how = "the most likely token each time" if cfg.temperature == 0 else f"temperature {cfg.temperature}"
-        lines = [f"# Answers before and after training\n\n{cfg.output_dir}, {how}."]
+        how = "Greedy decoding (temperature 0)" if cfg.temperature == 0 else f"Temperature {cfg.temperature}"
+        lines = [f"# Answers before and after training\n\n{how}; run: {cfg.output_dir}"]
         for i, prompt in zip(indices, prompts, strict=True):
             texts = {"prompt": decode_all(self.tokenizer, prompt)} | {when: given[i] for when, given in answers.items()}
-            for k, response in enumerate(self.dataset[i], start=1):
-                texts[f"response {k} of the data"] = decode_all(self.tokenizer, split_at_answer(response, header)[1])
+            responses, pairs = self.dataset[i], self.dataset.pairs(i)
+            names = [f"response {k + 1} of the data" for k in range(len(responses))]
+            if len(responses) == 2 and len(pairs) == 1:
+                names[pairs[0, 0]], names[pairs[0, 1]] = "chosen", "rejected"
+            for name, response in zip(names, responses, strict=True):
+                texts[name] = decode_all(self.tokenizer, split_at_answer(response, header)[1])
             lines.append(f"## Record {self.dataset.record_index[i]}")
             lines += [f"**{name}**\n\n````text\n{text.strip()}\n````" for name, text in texts.items()]
         file = Path(cfg.output_dir) / "answers.md"

@@ -15,10 +15,13 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from prefix_sharing.config import DistributedConfig, at_least, parse
+from prefix_sharing.config import DistributedConfig, at_least, check_config, readable_errors
+from prefix_sharing.config.checks import leave_to_the_command_line
+from prefix_sharing.config.parsing import read_config
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.memory.estimate import MOST_TOKENS, PeakMemory, full_row, longest_row, peak_memory_estimate
 from prefix_sharing.run import build_model, set_up_logging
+from prefix_sharing.wording import counted
 
 log = logging.getLogger("prefix_sharing.recipe")
 
@@ -26,6 +29,9 @@ UNITS = {"GiB": 1024**3, "GB": 10**9, "MiB": 1024**2, "MB": 10**6}
 
 RESERVE = 0.1
 """The share of a device's memory that is left to the allocator's gaps, kernels and NCCL."""
+
+SHORTEST_ROW = 128
+"""Tokens of a Row that takes little more than what does not depend on its length."""
 
 BYTES_OF_ADAM = 8
 """Optimizer state per parameter of Adam and its relatives in fp32; 8-bit ones have about a quarter."""
@@ -78,7 +84,7 @@ class PrefixDPOMemory:
         cfg = self.cfg
         fixed_length = cfg.packing != "none" and cfg.pack_len not in (None, "auto")
         num_tokens = cfg.pack_len if fixed_length else (cfg.batch_size or 1) * sum(cfg.example)
-        log.info("Simulating training steps of %s on %d devices", cfg.model._component_, cfg.world_size)
+        log.info("Simulating training steps of %s on %s", cfg.model._component_, counted(cfg.world_size, "device"))
         peaks: dict[int, PeakMemory] = {}
         with peak_memory_estimate(cfg, cfg.world_size) as peak_of, tqdm(desc="Rows tried", unit="Row") as progress:
 
@@ -92,20 +98,23 @@ class PrefixDPOMemory:
             total_of(num_tokens)
             configured = next(iter(peaks))
             longest = longest_row(total_of, num_tokens, self.usable)
+            total_of(min(num_tokens, SHORTEST_ROW))
         peak = peaks[configured]
-        print(f"\nPeak memory of each of {cfg.world_size:,} devices, by what takes it:")
-        print("tokens per Row       peak  parameters   gradients   optimizer  activations")
+        each = "the device" if cfg.world_size == 1 else f"each of {cfg.world_size:,} devices"
+        print(f"\nPeak memory of {each}, by what takes it:")
+        print("tokens per Row        peak  parameters   gradients   optimizer  activations and temporaries")
         for length, of_row in sorted(peaks.items()):
-            kinds = (of_row.total, of_row.parameters, of_row.gradients, of_row.optimizer_state, of_row.activations)
+            kinds = (of_row.total, of_row.parameters, of_row.gradients, of_row.optimizer_state)
             mark = "  as configured" if length == configured else ""
-            print(f"{length:14,} " + " ".join(f"{describe_bytes(size):>11}" for size in kinds) + mark)
+            columns = " ".join(f"{describe_bytes(size):>11}" for size in kinds)
+            print(f"{length:14,} {columns} {describe_bytes(of_row.activations):>28}{mark}")
         fits = "fits into" if peak.total <= self.usable else "DOES NOT FIT into"
         print(
             f"\nIt {fits} {describe_bytes(self.usable)}, which is {cfg.device_memory} less {RESERVE:.0%} for what the "
             "allocator, kernels and NCCL need."
         )
         print(self.describe_longest(longest, "pack_len" if fixed_length else "Row"))
-        for change in self.changes(peak):
+        for change in self.changes(peak, peaks[min(peaks)], configured):
             print(f"To use less: {change}")
 
     def describe_longest(self, longest: int | None, what: str) -> str:
@@ -117,11 +126,13 @@ class PrefixDPOMemory:
             return f"The longest {what} tried fits: {longest:,} tokens."
         return f"The longest {what} that fits: about {longest:,} tokens."
 
-    def changes(self, peak: PeakMemory) -> list[str]:
+    def changes(self, peak: PeakMemory, shortest: PeakMemory, num_tokens: int) -> list[str]:
         """Keys that lower the peak, the largest share first.
 
         Args:
             peak (PeakMemory): as configured.
+            shortest (PeakMemory): with the shortest Row that was tried; no change saves the activations that it has.
+            num_tokens (int): in a Row as configured.
 
         Returns:
             list[str]: a line each.
@@ -129,13 +140,15 @@ class PrefixDPOMemory:
         cfg = self.cfg
         model = build_model(cfg, torch.device("cpu"))
         trained = sum(parameter.numel() for parameter in model.trainable_parameters()) / cfg.world_size
+        varying = peak.activations - shortest.activations
         found = []
         if not cfg.enable_activation_checkpointing:
-            found.append((peak.activations, "enable_activation_checkpointing: True (activations)"))
+            found.append((varying, "enable_activation_checkpointing: True (activations)"))
         elif cfg.ac_mode == "selective":
-            found.append((peak.activations, "ac_mode: full (activations)"))
-        else:
-            found.append((peak.activations, "a shorter pack_len, or smaller batch_size (activations)"))
+            found.append((varying, "ac_mode: full (activations)"))
+        elif num_tokens > sum(cfg.example):
+            key = "batch_size" if cfg.packing == "none" else "pack_len"
+            found.append((varying, f"a smaller {key} (activations)"))
         if cfg.world_size > 1 and not cfg.fsdp_sync_every_row:
             found.append((peak.gradients, "fsdp_sync_every_row: True (gradients wait for the last Row unsharded)"))
         elif not model.has_adapter:
@@ -145,7 +158,7 @@ class PrefixDPOMemory:
                 (peak.optimizer_state, "an 8-bit optimizer, such as torchao.optim.AdamW8bit (optimizer state)")
             )
         found.append((peak.parameters, "more devices (parameters, and all that is sharded)"))
-        return [f"{describe_bytes(size):>10}  {change}" for size, change in sorted(found, reverse=True)]
+        return [f"{describe_bytes(size):>10}  {change}" for size, change in sorted(found, reverse=True) if size > 0]
 
 
 def describe_bytes(size: float) -> str:
@@ -156,11 +169,16 @@ def describe_bytes(size: float) -> str:
     return f"{size / 1024:.2f} KiB"
 
 
-@parse(MemoryConfig)
-def recipe_main(cfg: DictConfig) -> None:
+def recipe_main() -> None:
     """Estimates the peak memory of a config, with ``key=value`` overrides."""
-    set_up_logging()
-    PrefixDPOMemory(cfg).run()
+    with readable_errors():
+        cfg = read_config()
+        leave_to_the_command_line(cfg, ("dataset", "dataset_val"))  # no data are read
+        set_up_logging()
+        PrefixDPOMemory(check_config(cfg, MemoryConfig)).run()
+
+
+recipe_main.config_class = MemoryConfig  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -253,7 +253,7 @@ class PrefixDPORecipeSingleDevice:
             after = self.evaluate()
         draw_curves(cfg, self.metric_logger)
         report_margins(cfg, self.dataset_val, self.before, after)
-        log.info(summarize_run(cfg, self.model, self.dataset, self.global_step, self.before, after))
+        log.info(summarize_run(cfg, self.model, self.dataset, self.plan, self.before, after))
 
     def cleanup(self) -> None:
         """Closes the log."""

@@ -8,6 +8,7 @@ Takes any training config of this package. Trains nothing and reads no weights; 
 
 import json
 import logging
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from prefix_sharing.run import build_loss, build_model, build_plan, set_up_loggi
 from prefix_sharing.run.data import build_dataset, describe_step
 from prefix_sharing.run.optimization import choose_seed
 from prefix_sharing.trees import bucket_length
+from prefix_sharing.wording import counted
 
 log = logging.getLogger("prefix_sharing.recipe")
 
@@ -68,7 +70,7 @@ class PrefixDPOStats:
         return self.plan.packing.pack_len if isinstance(self.plan.packing, ByLength) else None
 
     def packings(self) -> list[dict[str, Any]]:
-        """How full Rows are at the config's ``pack_len`` and at others."""
+        """How full Rows are at the config's ``pack_len`` and at others: their tokens over ``pack_len`` for each."""
         longest = bucket_length(int(self.plan.sizes.num_tokens.max()))
         found = []
         for pack_len in sorted({longest * factor for factor in (1, 2, 4, 8)} | {self.pack_len or longest}):
@@ -97,8 +99,7 @@ class PrefixDPOStats:
             "steps_per_epoch": plan.steps_per_epoch,
             "packings": self.packings(),
         }
-        print(repr(dataset))
-        print(f"\n{'tokens':12} " + " ".join(f"{f'{p} %':>8}" for p in PERCENTILES))
+        print(f"{'tokens':12} " + " ".join(f"{f'{p} %':>8}" for p in PERCENTILES))
         for name, values in stats["percentiles"].items():
             print(f"{name:12} " + " ".join(f"{value:8,}" for value in values.values()))
         print(f"\nA prefix is {stats['median_prefix_ratio']:.2f} times as long as a response of its example (median).")
@@ -108,15 +109,15 @@ class PrefixDPOStats:
             f"{stats['expected_speed_up']:.2f} times as fast."
         )
         processes = "1 process" if self.cfg.world_size == 1 else f"{self.cfg.world_size:,} processes"
-        print(
-            f"{plan.steps_per_epoch:,} steps per epoch, {describe_step(plan)} per step, on {processes} (world_size).\n"
-        )
-        print(f"{'pack_len':>8} {'Rows':>8} {'fill':>7}")
+        steps = counted(plan.steps_per_epoch, "step")
+        print(f"{steps} per epoch, {describe_step(plan)} per step, on {processes} (world_size).\n")
+        print(f"{'pack_len':>8} {'Rows':>8} {'full':>7}")
         for packing in stats["packings"]:
             configured = "  as configured" if packing["pack_len"] == self.pack_len else ""
-            print(f"{packing['pack_len']:8,} {packing['rows']:8,} {packing['fill']:7.3f}{configured}")
-        print(f"\nExample {self.cfg.show_example}, scored tokens underlined:")
-        print(mark_example(self.tokenizer, dataset[self.cfg.show_example]))
+            print(f"{packing['pack_len']:8,} {packing['rows']:8,} {packing['fill']:7.1%}{configured}")
+        colors = sys.stdout.isatty()
+        print(f"\nExample {self.cfg.show_example}, scored tokens {'underlined' if colors else 'in brackets'}:")
+        print(mark_example(self.tokenizer, dataset[self.cfg.show_example], colors=colors))
 
         output_dir = Path(self.cfg.output_dir) / "stats"
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -242,10 +242,7 @@ class PrefixDPOSweep:
             found.append(Measured(point, {name: [v for v in of if v is not None] for name, of in values.items()}))
         lines = [table_of(self.names, found, measures), ""]
         for measure in measures:
-            text, is_warning = what_it_shows(self.names, found, measure)
-            if is_warning and is_last:
-                log.warning(text)
-            lines.append(f"- {text}")
+            lines.append(f"- {what_it_shows(self.names, found, measure)[0]}")
         lines += [f"- {name} failed: {why}" for name, why in failed.items()]
         lines += ["", CAUTION]
         title = f"{component_name(self.cfg.model)}, {len(self.runs)} runs, seeds: {self.cfg.seeds}"

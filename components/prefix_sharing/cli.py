@@ -25,6 +25,7 @@ from torchtune._cli.run import ROOT
 from torchtune._cli.validate import Validate
 
 from prefix_sharing.config import check_config, config_names, find_config, one_line, readable_errors
+from prefix_sharing.config.checks import leave_to_the_command_line
 from prefix_sharing.config.files import recipe_of
 from prefix_sharing.errors import UserError
 
@@ -70,7 +71,7 @@ class ValidateAsRecipesDo(Validate):
             if config_class is None:
                 super()._validate_cmd(argparse.Namespace(config=file))
                 return
-            to_set = _leave_to_the_command_line(cfg)
+            to_set = leave_to_the_command_line(cfg)
             check_config(cfg, config_class)
             still = f" Still to be set on the command line: {', '.join(to_set)}." if to_set else ""
             print(f"Config is well-formed!{still}")
@@ -127,17 +128,6 @@ def _load(file: str) -> DictConfig:
     if not isinstance(cfg, DictConfig):
         raise UserError(f"Config '{file}' cannot be read: it is a list, not keys and values.")
     return cfg
-
-
-def _leave_to_the_command_line(cfg: DictConfig) -> list[str]:
-    """Makes null of each component's argument that is ``???``; returns which they were."""
-    keys: Any = OmegaConf.to_container(cfg)
-    nodes = {key: node for key, node in keys.items() if isinstance(node, dict)}
-    found = [key for key, value in keys.items() if value == "???"]
-    found += [f"{key}.{argument}" for key, node in nodes.items() for argument in node if node[argument] == "???"]
-    for key in found:
-        OmegaConf.update(cfg, key, None)
-    return found
 
 
 def _config_class(file: str, cfg: DictConfig) -> type | None:

@@ -118,6 +118,7 @@ def test_ranks_without_examples_get_empty_rows():
     assert [plan.epoch()[0].rows for plan in plans] == [[[0]], [[1]], [[]]]
     report = report_plan(plans[0])
     assert (report.num_rows, report.num_empty_rows) == (2, 1)
+    assert str(report).startswith("2 Rows in 1 step (no fewer than 1 would do), 25.0% full, 1 empty Row, cost")
     # two busy ranks for three
     assert report.worst_imbalance == pytest.approx(1.5)
 
@@ -157,3 +158,14 @@ def test_a_report_of_some_steps_plans_no_more():
     assert report_plan(plan).num_steps == 25
     report = report_plan(plan, max_steps=3)
     assert (report.num_steps, report.num_rows) == (3, 12)
+
+
+def test_how_full_rows_are_is_their_share_of_pack_len():
+    sizes = ExampleSizes(np.array([3, 4, 2, 5]), np.ones(4), np.ones(4))
+    report = report_plan(Plan(sizes=sizes, packing=ByLength(10), examples_per_step=4), lambda tokens: 8)
+    assert (report.num_rows, report.fill, report.padding) == (2, 14 / 20, 1 - 14 / 16)
+    assert "2 Rows in 1 step (no fewer than 2 would do), 70.0% full" in str(report)
+    assert "1 Row length for compiled attention (8 to 8 tokens, 12.5% of them padding)" in str(report)
+    alone = report_plan(Plan(sizes=sizes, packing=Fixed(1), examples_per_step=4))
+    assert (alone.fill, alone.padding) == (None, 0)
+    assert "full" not in str(alone)

@@ -24,7 +24,7 @@ def answers_of(directory, **overrides):
     text = (directory / "answers.md").read_text()
     return recipe, {
         name: re.findall(rf"\*\*{name}\*\*\n\n````text\n(.*?)\n````", text, re.DOTALL)
-        for name in ("prompt", "before training", "after training", "response 1 of the data")
+        for name in ("prompt", "before training", "after training", "chosen", "rejected")
     }
 
 
@@ -32,7 +32,8 @@ def answers_of(directory, **overrides):
 def test_answers_are_the_likeliest_tokens_of_each_model(tmp_path, overrides):
     trained = run_in_process(tmp_path, **overrides)
     recipe, answers = answers_of(tmp_path, num_prompts=2, **overrides)
-    assert [len(texts) for texts in answers.values()] == [2, 2, 2, 2]
+    assert [len(texts) for texts in answers.values()] == [2, 2, 2, 2, 2]
+    assert f"Greedy decoding (temperature 0); run: {tmp_path}" in (tmp_path / "answers.md").read_text()
     assert answers["before training"] != answers["after training"]
     assert all(prompt.rstrip().endswith("assistant") for prompt in answers["prompt"])
 

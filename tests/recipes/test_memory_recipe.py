@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from prefix_dpo_memory import MemoryConfig, PrefixDPOMemory, describe_bytes
+from prefix_dpo_memory import MemoryConfig, PrefixDPOMemory, describe_bytes, recipe_main
 from prefix_sharing.errors import UserError
-from prefix_sharing.memory.estimate import full_row, peak_memory_estimate
+from prefix_sharing.memory.estimate import PeakMemory, full_row, peak_memory_estimate
 from runs import lora, make_config, tune_run
 
 PARAMETERS = 1_078_144  # of the quickstart's model
@@ -94,6 +94,27 @@ def test_the_recipe_says_what_fits_and_what_would_help(tmp_path, capsys):
     assert "No pack_len fits that holds an example of 128 tokens" in said
 
 
+@pytest.mark.parametrize(
+    ("keys", "num_tokens", "promised"),
+    [
+        ({"batch_size": 4}, 512, ["  2.00 GiB  a smaller batch_size (activations)"]),
+        (PACKED | {"pack_len": 512}, 512, ["  2.00 GiB  a smaller pack_len (activations)"]),
+        ({"batch_size": 1}, 128, []),
+        (
+            {"enable_activation_checkpointing": False},
+            128,
+            ["  2.00 GiB  enable_activation_checkpointing: True (activations)"],
+        ),
+    ],
+)
+def test_what_does_not_depend_on_the_row_is_not_promised(tmp_path, keys, num_tokens, promised):
+    keys = {"enable_activation_checkpointing": True} | keys
+    recipe = PrefixDPOMemory(memory_config(tmp_path, example=[64, 32, 32], **keys))
+    peak, shortest = (PeakMemory(2**30, 2**30, 2**30, size * 2**30) for size in (7, 5))
+    said = recipe.changes(peak, shortest, num_tokens)
+    assert [line for line in said if line.endswith("(activations)")] == promised
+
+
 def test_short_rows_do_not_decide_what_long_ones_take(tmp_path, capsys):
     # at 128 and 256 tokens the peak is the optimizer's step: the line through both went to millions of tokens
     keys = PACKED | {"example": [64, 32, 32], "pack_len": 128}
@@ -117,6 +138,18 @@ def test_sizes_are_never_zero_gigabytes():
         "9.50 MiB",
         "2.00 KiB",
     ]
+
+
+def test_data_need_not_be_set(monkeypatch, capsys):
+    monkeypatch.setattr(PrefixDPOMemory, "run", lambda self: print(self.cfg.dataset))
+    arguments = ["prefix_dpo_memory", "--config", "smollm2/135M_prefix_dpo_single_device"]
+    monkeypatch.setattr("sys.argv", arguments)
+    recipe_main()
+    assert "'data_files': None" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*arguments[:2], "transformers/prefix_dpo_single_device"])
+    with pytest.raises(SystemExit):
+        recipe_main()
+    assert "Config key 'path': required, but not set" in capsys.readouterr().err
 
 
 def test_the_old_name_still_works_and_says_so(tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import logging
 import os
 import re
 import resource
@@ -86,9 +87,12 @@ def test_a_run_killed_again_and_again_gets_there(tmp_path, whole):
     assert_same_run(tmp_path, whole)
 
 
-def test_a_finished_run_is_finished_and_can_be_continued_for_more_epochs(tmp_path, whole):
+def test_a_finished_run_is_finished_and_can_be_continued_for_more_epochs(tmp_path, whole, caplog):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    again = run_in_process(tmp_path, **KEYS, resume="auto")
+    logging.getLogger("prefix_sharing").propagate = True
+    with caplog.at_level("INFO", logger="prefix_sharing"):
+        again = run_in_process(tmp_path, **KEYS, resume="auto")
+    assert "The run is finished, so nothing is left to train; to continue it, raise epochs." in caplog.messages
     assert again.global_step == 8
     assert_same_run(tmp_path, whole)
     more = run_in_process(tmp_path, **KEYS | {"epochs": 3}, resume="auto")

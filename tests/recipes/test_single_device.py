@@ -208,11 +208,14 @@ def test_the_last_line_says_what_became_of_the_accuracy(tmp_path, caplog):
     with caplog.at_level("INFO", logger="prefix_sharing"):
         recipe = run_in_process(tmp_path)
     line = caplog.messages[-1]
-    assert line.startswith("Trained llama3 (1.1 M parameters) with DPOLoss for 4 steps on generated pairs (seed 0) (64")
+    trained = "Trained llama3 (1.1 M parameters) with DPOLoss for 4 steps on generated pairs (seed 0)"
+    assert line.startswith(f"{trained} (32 of 64 examples)")
     assert f"checkpoint saved to {tmp_path / 'epoch_0'}" in line
     before, after = (metrics["eval/rewards/accuracies"] for metrics in eval_log(tmp_path))
     assert line.endswith(f"held-out accuracy {before:.3f} -> {after:.3f}.")
     assert recipe.global_step == 4
+    assert f"Checkpoint saved to {tmp_path / 'epoch_0'}" in caplog.messages
+    assert "epoch_0.writing" not in caplog.text  # as torchtune says of a directory that is renamed
 
 
 def test_the_seed_that_was_drawn_is_in_the_saved_config(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from plain import response
 from prefix_dpo_stats import PrefixDPOStats, StatsConfig
 from prefix_sharing.errors import ConfigError
-from prefix_sharing.reports.lengths import mark_example, prefix_ratio, shared_prefix
+from prefix_sharing.reports.lengths import Lengths, mark_example, plot_lengths, prefix_ratio, shared_prefix
 from prefix_sharing.reports.lengths import measure_lengths as measure
 from runs import make_config
 
@@ -44,8 +44,12 @@ def test_what_is_found_is_printed_and_written(stats, tmp_path, capsys, pictures)
     assert rows == sorted(rows, reverse=True)
     assert (tmp_path / "stats" / "lengths.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "64 records = 64 used + 0 dropped" in printed
     assert "branch 2" in printed
+    assert "scored tokens in brackets:" in printed
+    assert "\033" not in printed
+    tokens = stats.plan.sizes.num_tokens[stats.plan.examples_visited(0, 1)].sum()
+    for packing in found["packings"]:
+        assert packing["fill"] == pytest.approx(tokens / (packing["rows"] * packing["pack_len"]))
 
 
 def test_a_run_on_several_processes_is_planned_for_as_many(tmp_path, capsys):
@@ -73,12 +77,23 @@ class Letters:
 
 
 def test_scored_tokens_are_underlined_and_parts_have_colours():
-    marked = mark_example(Letters(), [response([0, 1, 2, 3], [0, 0, 1, 1]), response([0, 1, 4], [0, 0, 1])])
+    example = [response([0, 1, 2, 3], [0, 0, 1, 1]), response([0, 1, 4], [0, 0, 1])]
+    marked = mark_example(Letters(), example, colors=True)
     grey, first, second, scored, reset = "\033[90m", "\033[32m", "\033[31m", "\033[1;4m", "\033[0m"
     assert f"{grey}ab{reset}" in marked
     assert f"{first}{scored}cd{reset}" in marked
     assert f"{second}{scored}e{reset}" in marked
     assert re.search(r"branch 1, 2 tokens, 2 of them scored", marked)
+    plain = mark_example(Letters(), example, colors=False)
+    assert plain.splitlines()[1::2] == ["ab", "[cd]", "[e]"]
+
+
+@pytest.mark.parametrize(("prefix", "branch"), [([40], [10]), ([40] * 8, [10] * 8), ([0, 0], [300, 300])])
+def test_lengths_that_do_not_vary_are_drawn(tmp_path, prefix, branch, pictures):
+    prefixes, branches = np.array(prefix), np.array(branch)
+    lengths = Lengths(prefixes, [branches, branches], np.full(len(prefix), 2), prefixes + 2 * branches)
+    plot_lengths(lengths, "title", tmp_path / "lengths.png")
+    assert (tmp_path / "lengths.png").exists()
 
 
 def test_an_example_of_one_response_is_a_prompt_and_an_answer():

@@ -95,7 +95,8 @@ def test_figures_are_written_and_logged(dataset, tmp_path, caplog):
     after = torch.tensor([[-3.0, -7.0, 0.0], [-1.0, -1.0, -1.0]])
     with caplog.at_level("INFO", logger="prefix_sharing"):
         report_margins(cfg, dataset, *(Evaluation({}, values, counts) for values in (before, after)))
-    assert "25.0 % of pairs flipped, 25.0 % to the chosen response and 0.0 % to the rejected one" in caplog.text
+    changed = "25.0 % of pairs changed sign (25.0 % now prefer chosen, 0.0 % rejected)"
+    assert caplog.messages[1:] == [f"Held-out margins: {changed}; more in {tmp_path / 'margins.json'}"]
     found = json.loads((tmp_path / "margins.json").read_text())
     assert (found["num_pairs"], found["mean_change"], found["correlation"]) == (4, 1.0, None)
 

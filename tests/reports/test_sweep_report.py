@@ -49,11 +49,19 @@ def test_runs_that_differ_are_told_apart_and_those_beside_the_best_are_named():
     assert not is_warning
 
 
-def test_runs_that_are_all_the_same_are_warned_of_with_one_seed_too():
-    found = [Measured((b,), {ACCURACY: [1.0]}) for b in (0.1, 0.5)]
-    text, is_warning = what_it_shows(["beta"], found, ACCURACY)
-    assert is_warning
-    assert "they are all the same" in text
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([[1.0], [1.0]], "all runs have the same value; use more examples, to train on or held out."),
+        ([[0.5, 0.6], [0.52, 0.6]], "the runs do not differ by more than noise (by 0.01; noise between seeds alone"),
+    ],
+)
+def test_runs_that_cannot_be_told_apart_have_no_best(values, said):
+    found = [Measured((b,), {ACCURACY: of_point}) for b, of_point in zip((0.1, 0.5), values, strict=True)]
+    text, are_alike = what_it_shows(["beta"], found, ACCURACY)
+    assert are_alike
+    assert text.startswith(f"{ACCURACY}: {said}")
+    assert "**" not in table_of(["beta"], found, [ACCURACY])
 
 
 def test_the_best_of_a_loss_is_the_least():
@@ -66,13 +74,13 @@ def test_the_best_of_a_loss_is_the_least():
 
 def test_the_table_has_means_and_deviations_and_gaps(tmp_path, pictures):
     found = [
-        Measured((0.1, "a|b"), {ACCURACY: [0.5, 0.7], "score": [1.0]}),
+        Measured((0.1, "a|b"), {ACCURACY: [0.6, 0.62], "score": [1.0]}),
         Measured((0.5, {"split": "train"}), {ACCURACY: [0.9, 0.9], "score": []}),
     ]
     lines = table_of(["beta", "dataset"], found, [ACCURACY, "score"]).splitlines()
     cells = [[cell.strip() for cell in line.replace("\\|", "/").strip("|").split("|")] for line in lines]
     assert cells[0] == ["beta", "dataset", ACCURACY, "score"]
-    assert cells[2] == ["0.1", "a/b", "0.6 ± 0.14", "**1**"]
+    assert cells[2] == ["0.1", "a/b", "0.61 ± 0.014", "**1**"]
     assert cells[3] == ["0.5", "split: train", "**0.9 ± 0**", "-"]
     plot_sweep(["beta", "dataset"], found, [ACCURACY, "score"], "title", tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")

@@ -1,5 +1,6 @@
 """Everything about a config that is checked before work begins."""
 
+from collections.abc import Collection
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -70,6 +71,27 @@ def check_config(cfg: DictConfig, config_class: type, meant_for: str | None = No
     for key in ("model", "tokenizer"):
         check_sizes(key, plain.get(key) or {})
     return cfg
+
+
+def leave_to_the_command_line(cfg: DictConfig, components: Collection[str] | None = None) -> list[str]:
+    """Makes null of what a config leaves to be set on the command line as ``???``.
+
+    Args:
+        cfg (DictConfig): a config as read; changed in place.
+        components (Collection[str] | None): whose arguments are meant. Default: None, every key and those of every
+            component.
+
+    Returns:
+        list[str]: which they were.
+    """
+    keys: Any = OmegaConf.to_container(cfg)
+    nodes = {key: node for key, node in keys.items() if isinstance(node, dict)}
+    found = [key for key, value in keys.items() if value == "???" and components is None]
+    for key in nodes if components is None else [key for key in nodes if key in components]:
+        found += [f"{key}.{argument}" for argument, value in nodes[key].items() if value == "???"]
+    for key in found:
+        OmegaConf.update(cfg, key, None)
+    return found
 
 
 def _check_known(prefix: str, cfg: DictConfig, config_class: type, meant_for: str | None = None) -> None:

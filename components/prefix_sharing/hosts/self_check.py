@@ -40,7 +40,7 @@ class Differences(NamedTuple):
     """By how much a tree and separate sequences differ.
 
     Attributes:
-        log_probs (float): the largest difference of a response's log-prob.
+        log_probs (float): the largest difference of a response's log-prob, relative to it.
         gradients (float | None): the largest of a parameter's gradient, relative to its norm; None if not asked for.
     """
 
@@ -48,8 +48,10 @@ class Differences(NamedTuple):
     gradients: float | None
 
     def __str__(self) -> str:
-        gradients = "" if self.gradients is None else f", their gradients by a relative {self.gradients:.0e}"
-        return f"{self.log_probs:.0e}{gradients}"
+        text = f"log-probs differ by a relative {self.log_probs:.0e} (up to {_TOLERANCE:.0e} is rounding)"
+        if self.gradients is None:
+            return text
+        return f"{text}, their gradients by {self.gradients:.0e} (up to {_GRADIENT_TOLERANCE:.0e})"
 
 
 def compare(
@@ -97,8 +99,9 @@ def compare(
     of_log_probs = float(differences.max())
     if not bool((differences <= _TOLERANCE * plain.detach().abs()).all()):  # not a number, too
         raise ConfigError("model", f"{problem}log-probs of a small random one differ by {of_log_probs:.1e}")
+    relative_log_probs = float((differences / plain.detach().abs()).max())
     if not gradients:
-        return Differences(of_log_probs, None)
+        return Differences(relative_log_probs, None)
     norms = torch.stack([gradient.norm() for gradient in expected.values()])
     errors = torch.stack([(found[parameter] - gradient).norm() for parameter, gradient in expected.items()])
     relative = errors / norms.clamp(min=_SMALL_GRADIENT * float(norms.norm()))
@@ -107,7 +110,7 @@ def compare(
         worst = [*expected][int(relative.argmax())]
         differ = f"gradients of {worst} in a small random one differ by {of_gradients:.1e} of their norm"
         raise ConfigError("model", f"{problem}{differ}, although log-probs agree")
-    return Differences(of_log_probs, of_gradients)
+    return Differences(relative_log_probs, of_gradients)
 
 
 def num_layers_to_try(layers: Sequence[nn.Module]) -> int:

@@ -52,7 +52,8 @@ class PeakMemory:
         parameters (int): its share of them, and those gathered for the layers at work.
         gradients (int): of the Rows before and of this one.
         optimizer_state (int): the optimizer's state.
-        activations (int): kept for the backward pass, the gradients of those, and tables such as those of RoPE.
+        activations (int): what is kept for the backward pass, the gradients of that, tables such as those of RoPE, and
+            what is temporary and does not depend on the Row: copies of weights in bf16, what an update computes with.
     """
 
     parameters: int

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from prefix_sharing.planning.plan import Plan
+from prefix_sharing.planning.plan import ByLength, Plan
+from prefix_sharing.wording import counted
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,9 @@ class PlanReport:
         num_rows (int): Rows with examples.
         fewest_rows (int): Rows that no packing of the same steps can do without.
         num_empty_rows (int): Rows without examples, computed so that ranks keep step.
-        fill (float): share of the computed tokens that are not padding.
+        fill (float | None): how full Rows with examples are: tokens over Rows times ``pack_len``; None where Rows
+            are not packed.
+        padding (float): share of the computed tokens that are padding, for compiled attention or in empty Rows.
         mean_imbalance (float): time of a step over what it would be if all ranks were equally busy at every forward
             pass, by cost, the mean over the steps.
         worst_imbalance (float): the same of the worst step.
@@ -30,7 +33,8 @@ class PlanReport:
     num_rows: int
     fewest_rows: int
     num_empty_rows: int
-    fill: float
+    fill: float | None
+    padding: float
     mean_imbalance: float
     worst_imbalance: float
     row_lengths: tuple[int, ...]
@@ -40,11 +44,13 @@ class PlanReport:
         if self.row_lengths:
             shortest, longest = self.row_lengths[0], self.row_lengths[-1]
             shapes = (
-                f", {len(self.row_lengths)} Row lengths for compiled attention ({shortest:,} to {longest:,} tokens)"
+                f", {counted(len(self.row_lengths), 'Row length')} for compiled attention "
+                f"({shortest:,} to {longest:,} tokens, {self.padding:.1%} of them padding)"
             )
+        full = "" if self.fill is None else f"{self.fill:.1%} full, "
         return (
-            f"{self.num_rows:,} Rows in {self.num_steps:,} steps (at least {self.fewest_rows:,} are needed), "
-            f"{self.num_empty_rows:,} empty Rows, {self.fill:.1%} filled, "
+            f"{counted(self.num_rows, 'Row')} in {counted(self.num_steps, 'step')} (no fewer than {self.fewest_rows:,} "
+            f"would do), {full}{counted(self.num_empty_rows, 'empty Row')}, "
             f"cost imbalance between ranks {self.mean_imbalance:.3f} (worst step {self.worst_imbalance:.3f}){shapes}"
         )
 
@@ -86,7 +92,8 @@ def report_plan(
         num_rows=num_rows,
         fewest_rows=fewest_rows,
         num_empty_rows=num_empty,
-        fill=num_tokens / num_computed,
+        fill=num_tokens / (num_rows * plan.packing.pack_len) if isinstance(plan.packing, ByLength) else None,
+        padding=1 - num_tokens / num_computed,
         mean_imbalance=float(np.mean(imbalances)),
         worst_imbalance=float(np.max(imbalances)),
         row_lengths=() if round_length is None else tuple(sorted(lengths_seen)),

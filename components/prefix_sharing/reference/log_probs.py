@@ -30,6 +30,7 @@ from prefix_sharing.planning import Plan
 from prefix_sharing.reference.cache import ReferenceCache
 from prefix_sharing.scoring import ResponseLogProbs
 from prefix_sharing.trees import Row
+from prefix_sharing.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -210,12 +211,13 @@ def reference_log_probs(
     examples = plan.all_examples
     unknown = log_probs.isnan().any(dim=1).cpu().numpy()
     missing = examples[unknown[examples]]
-    log.info(
-        "%s: reference log-probs of %s examples in the cache, %s to compute",
-        dataset.name,
-        f"{len(examples) - len(missing):,}",
-        f"{len(missing):,}",
-    )
+    if len(examples) > 0:  # a run that is finished visits none
+        log.info(
+            "%s: reference log-probs of %s in the cache, %s to compute",
+            dataset.name,
+            counted(len(examples) - len(missing), "example"),
+            f"{len(missing):,}",
+        )
     if len(missing) == 0:
         return KnownReference(log_probs)
 

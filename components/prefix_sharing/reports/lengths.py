@@ -84,25 +84,31 @@ def percentiles(values: np.ndarray) -> dict[str, int]:
     return {str(p): int(v) for p, v in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}
 
 
-def mark_example(tokenizer: ChatTokenizer, responses: Sequence[Response]) -> str:
-    """Text of an example for a terminal: the prefix grey, each branch in a colour, scored tokens underlined.
+def mark_example(tokenizer: ChatTokenizer, responses: Sequence[Response], *, colors: bool) -> str:
+    """Text of an example with its scored tokens marked.
 
     Args:
         tokenizer (ChatTokenizer): the tokenizer.
         responses (Sequence[Response]): the example.
+        colors (bool): for a terminal, with the prefix grey, each branch in a color and scored tokens underlined; else
+            scored tokens are in brackets.
 
     Returns:
         str: the prefix, then a paragraph for each branch.
     """
 
-    def marked(response: Response, start: int, end: int, colour: str) -> str:
+    def marked(response: Response, start: int, end: int, color: str) -> str:
         cuts = start + 1 + np.flatnonzero(np.diff(response.scored[start:end].astype(int)))
         text = ""
         before = decode_all(tokenizer, response.tokens[:start])
         for a, b in zip([start, *cuts], [*cuts, end], strict=True):
             # Together with what comes before: alone, a token may lose the space that it begins with.
             until = decode_all(tokenizer, response.tokens[:b])
-            text += colour + (_SCORED if b > a and response.scored[a] else "") + until[len(before) :] + _RESET
+            is_scored, piece = b > a and response.scored[a], until[len(before) :]
+            if colors:
+                text += color + (_SCORED if is_scored else "") + piece + _RESET
+            else:
+                text += f"[{piece}]" if is_scored else piece
             before = until
         return text
 
@@ -137,7 +143,9 @@ def plot_lengths(lengths: Lengths, title: str, file: Path) -> None:
     left.set_ylabel("examples")
     left.legend(fontsize=8)
     ratio = prefix_ratio(lengths)
-    right.hist(ratio, bins=np.geomspace(max(ratio.min(), 0.01), max(ratio.max(), 0.02), 50), color="C4")
+    least = max(ratio.min(), 0.01)
+    most = max(ratio.max(), 1.1 * least)  # bins have a width even where all ratios are the same
+    right.hist(ratio, bins=np.geomspace(least, most, 50), color="C4")
     right.axvline(float(np.median(ratio)), color="black", linestyle="--", label=f"median {np.median(ratio):.2f}")
     right.set_xscale("log")
     right.set_xlabel("tokens of the prefix over those of a response, the mean")

@@ -53,7 +53,9 @@ def best_of(found: Sequence[Measured], measure: str) -> Measured | None:
 
 
 def table_of(names: Sequence[str], found: Sequence[Measured], measures: Sequence[str]) -> str:
-    """The points as a table in Markdown: means over seeds, with the standard deviation; the best is bold.
+    """The points as a table in Markdown: means over seeds, with the standard deviation.
+
+    The best is bold where runs can be told apart.
 
     Args:
         names (Sequence[str]): of the axes.
@@ -63,7 +65,9 @@ def table_of(names: Sequence[str], found: Sequence[Measured], measures: Sequence
     Returns:
         str: its lines.
     """
-    best = {measure: best_of(found, measure) for measure in measures}
+    best = {
+        measure: None if what_it_shows(names, found, measure)[1] else best_of(found, measure) for measure in measures
+    }
     rows = [[*names, *measures]]
     for one in found:
         cells = [label(value) for value in one.point]
@@ -93,7 +97,7 @@ def what_it_shows(names: Sequence[str], found: Sequence[Measured], measure: str)
         measure (str): by what.
 
     Returns:
-        tuple[str, bool]: a sentence or two, and whether they are a warning: no two points are told apart.
+        tuple[str, bool]: a sentence or two, and whether they say that no two points can be told apart.
     """
     best = best_of(found, measure)
     having = [one for one in found if one.values[measure]]
@@ -105,10 +109,12 @@ def what_it_shows(names: Sequence[str], found: Sequence[Measured], measure: str)
     spread = max(means.values()) - min(means.values())
     if least is None and spread > 0:
         return f"{what}. With one seed there is no telling whether that is noise; seeds=2 measures it.", False
+    if spread == 0:
+        return f"{measure}: all runs have the same value; use more examples, to train on or held out.", True
     if spread <= (least or 0.0):
-        noise = f"noise between seeds alone makes {least:.2g}" if least else "they are all the same"
-        problem = f"{measure}: the runs do not differ more than by noise (by {spread:.2g}; {noise})"
-        return f"{problem}. Choosing by it takes more examples, to train on or held out.", True
+        noise = f"by {spread:.2g}; noise between seeds alone makes {least:.2g}"
+        problem = f"{measure}: the runs do not differ by more than noise ({noise})"
+        return f"{problem}; use more examples, to train on or held out.", True
     alike = [one for one in having if one is not best and abs(means[id(one)] - means[id(best)]) <= (least or 0.0)]
     if alike:
         others = "; ".join(_named(names, one.point) for one in alike)

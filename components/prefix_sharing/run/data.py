@@ -17,6 +17,7 @@ from prefix_sharing.hosts.tokenizer_files import check_tokenizer
 from prefix_sharing.losses import Loss
 from prefix_sharing.planning import ByLength, ExampleSizes, Fixed, Packing, Plan, WholeDataset, report_plan
 from prefix_sharing.trees import RowOptions, bucket_length
+from prefix_sharing.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -172,15 +173,15 @@ def build_plan(
     )
     if plan.steps_per_epoch == 0:
         raise ConfigError("drop_last", f"leaves no steps of {len(dataset):,} examples; set it to False")
-    log.info("%s steps per epoch, %s per step", f"{plan.steps_per_epoch:,}", describe_step(plan))
+    log.info("%s per epoch, %s per step", counted(plan.steps_per_epoch, "step"), describe_step(plan))
     return plan
 
 
 def describe_step(plan: Plan) -> str:
     """What a step takes, such as ``32 examples``."""
     if isinstance(plan.packing, WholeDataset):
-        return f"{plan.packing.rows_per_step:,} Rows"
-    return f"{plan.examples_per_step or len(plan.all_examples):,} examples"
+        return counted(plan.packing.rows_per_step, "Row")
+    return counted(plan.examples_per_step or len(plan.all_examples), "example")
 
 
 def build_val_plan(

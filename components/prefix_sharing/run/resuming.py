@@ -102,6 +102,8 @@ def training_checkpoints(
     if resumed is not None:
         _compare(decides, resumed, plan.steps_per_epoch, cfg.epochs)
         log.info("Resuming after step %d from %s", resumed.step, resumed.directory)
+        if resumed.step >= cfg.epochs * plan.steps_per_epoch:
+            log.info("The run is finished, so nothing is left to train; to continue it, raise epochs.")
     run = {"id": run_id(cfg, resumed, len(dataset)), "steps_per_epoch": plan.steps_per_epoch, "decides": decides}
     return TrainingCheckpoints(Path(cfg.output_dir) / CHECKPOINTS, run, cfg.keep_last_n)
 

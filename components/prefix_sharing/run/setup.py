@@ -21,7 +21,9 @@ from prefix_sharing.distributed import broadcast_object, check_processes_joined,
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.hosts import TreeModel, check_arithmetic, checkpoint_activations, compile_layers, to_tree_model
 from prefix_sharing.losses import Loss
+from prefix_sharing.planning import Plan
 from prefix_sharing.run.evaluation import Evaluation
+from prefix_sharing.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +215,7 @@ def summarize_run(
     cfg: DictConfig,
     model: TreeModel,
     dataset: PrefixPreferenceDataset,
-    num_steps: int,
+    plan: Plan,
     before: Evaluation | None,
     after: Evaluation | None,
 ) -> str:
@@ -223,7 +225,7 @@ def summarize_run(
         cfg (DictConfig): the run's config.
         model (TreeModel): the model.
         dataset (PrefixPreferenceDataset): the training data set.
-        num_steps (int): optimizer steps done.
+        plan (Plan): of the steps that were done.
         before (Evaluation | None): the evaluation before training; None if there is no held-out data.
         after (Evaluation | None): the evaluation after it.
 
@@ -235,9 +237,12 @@ def summarize_run(
         millions += f", {sum(p.numel() for p in model.trainable_parameters()) / 1e6:,.2f} M of them trained"
     model_name, loss_name = (component_name(cfg[key]) for key in ("model", "loss"))
     where = Path(cfg.checkpointer.output_dir) / f"epoch_{cfg.epochs - 1}"
+    num_visited, examples = len(plan.examples_visited(0, cfg.epochs)), counted(len(dataset), "example")
+    if num_visited < len(dataset):
+        examples = f"{num_visited:,} of {examples}"
     line = (
-        f"Trained {model_name} ({millions}) with {loss_name} for {num_steps:,} steps on "
-        f"{dataset.name} ({len(dataset):,} examples); checkpoint saved to {where}"
+        f"Trained {model_name} ({millions}) with {loss_name} for {counted(cfg.epochs * plan.steps_per_epoch, 'step')} "
+        f"on {dataset.name} ({examples}); checkpoint saved to {where}"
     )
     if before is None or after is None:
         return f"{line}."

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import nn
-from torchtune import training
+from torchtune import training, utils
 
 from prefix_sharing.checkpoint import Checkpoint, complete_directory, full_weights, set_full_weights
 from prefix_sharing.config import explained, instantiate
@@ -202,12 +202,16 @@ def save_checkpoint(checkpointer: Any, model: nn.Module, *, epoch: int, cfg: Dic
 
 def _write(checkpointer: Any, content: dict[str, Any], epoch: int, directory: Path, adapter_only: bool) -> None:
     """Has a checkpointer write to a directory of another name than the one it would choose."""
-    output_dir = checkpointer._output_dir
+    # Its log would name files of that directory, which is about to be renamed, and ask for a merge that is not needed.
+    torchtune_log = utils.get_logger()
+    level, output_dir = torchtune_log.level, checkpointer._output_dir
+    torchtune_log.setLevel(logging.WARNING)
     checkpointer._output_dir = directory
     try:
         checkpointer.save_checkpoint(content, epoch=epoch, intermediate_checkpoint=False, adapter_only=adapter_only)
     finally:
         checkpointer._output_dir = output_dir
+        torchtune_log.setLevel(level)
     for file in list((directory / f"epoch_{epoch}").iterdir()):
         file.replace(directory / file.name)
     (directory / f"epoch_{epoch}").rmdir()
