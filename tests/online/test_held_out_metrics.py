@@ -31,3 +31,15 @@ def test_a_gain_at_equal_length_is_all_there_is():
     assert score_per_token([first, new]) == 0.0
     assert compare(new, first, first)["length_controlled_gain"] == pytest.approx(0.4)
     assert compare(new, first, first)["win_rate_over_last"] == 1.0
+
+
+def test_prompts_with_longer_answers_are_not_a_merit_of_length():
+    """Within each prompt a token more costs 0.1; the second prompt's answers are longer and better."""
+    lengths = np.array([[10.0, 20.0], [100.0, 110.0]])
+    scores = np.array([[1.0, 0.0], [9.0, 8.0]])
+    policy = HeldOut(scores, lengths, -lengths, 1.0)
+    assert score_per_token([policy]) == pytest.approx(-0.1)
+    unknown = np.where(lengths > 50, np.nan, -2 * lengths)  # as a server gives them that does not tell
+    assert compare(HeldOut(scores, lengths, unknown, 1.0), policy, policy)["entropy"] == pytest.approx(2.0)
+    nothing = np.full_like(lengths, np.nan)
+    assert np.isnan(compare(HeldOut(scores, lengths, nothing, 1.0), policy, policy)["entropy"])

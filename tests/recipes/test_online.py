@@ -247,6 +247,12 @@ def test_a_signal_in_a_rounds_last_step_ends_the_run_behind_it(tmp_path, monkeyp
     assert not (tmp_path / "round_1").exists()
 
 
+def test_a_loss_of_single_answers_trains_on_a_round(tmp_path):
+    kto = {"_component_": "prefix_sharing.losses.KTOLoss"}  # which compares with answers to other prompts
+    make_run(tmp_path, rounds=1, loss=kto, pairs="all").run()
+    assert losses(tmp_path / "round_0")
+
+
 def test_answers_of_another_policy_are_refused(tmp_path):
     make_run(tmp_path, rounds=1).run()
     with pytest.raises(UserError, match=r"first_policy/held_out/.*parquet was made by another policy"):
@@ -418,6 +424,7 @@ def test_divergence_is_that_of_plain_models(whole):
     ("overrides", "message"),
     [
         ({"num_answers": 1}, "'num_answers': must be at least 2"),
+        ({"seed": None}, "'seed': required: what is sampled already is known again by it"),
         ({"prompts_per_round": 99}, "'prompts_per_round': is 99, but there are 24 prompts"),
         (
             {"dataset": {"_component_": "prefix_sharing.quickstart.preference_pairs", "num_pairs": 3}},

@@ -149,6 +149,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, whol
         ({"gradient_accumulation_steps": 1}, r"examples per step was"),
         ({"dataset.num_pairs": 72}, r"examples \(data and lengths\) was"),
         ({"checkpointer.seed": 9}, r"content of the reference's weights was \w+ and is"),
+        ({"epochs": 1}, r"epochs is 1, which ended before step 8"),
+        ({"max_steps_per_epoch": 2}, r"steps per epoch were 4 and are 2"),
     ],
     ids=str,
 )
@@ -156,6 +158,41 @@ def test_what_would_be_another_run_is_refused_key_by_key(tmp_path, whole, change
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     with pytest.raises(UserError, match=rf"step_8 cannot be continued with this config: .*{message}"):
         run_in_process(tmp_path, **KEYS | changed, resume="auto")
+
+
+def test_an_epoch_is_not_cut_where_its_weights_would_not_be_written(tmp_path):
+    killed_after(tmp_path, 3, save_every_n_steps=2)
+    with pytest.raises(UserError, match=r"step_2 cannot be continued.* steps per epoch were 4 and are 2"):
+        run_in_process(tmp_path, **KEYS | {"max_steps_per_epoch": 2, "save_every_n_steps": 2}, resume="auto")
+    assert not (tmp_path / "epoch_0").exists()
+
+
+def test_other_held_out_data_are_not_compared_with_those_before(tmp_path, caplog):
+    killed_after(tmp_path, 4)
+    with caplog.at_level("WARNING", logger="prefix_sharing"):
+        run_in_process(tmp_path, **KEYS, resume="auto", **{"dataset_val.num_pairs": 24})
+    assert "is not what was evaluated before training, so the two are not compared" in caplog.text
+    assert not (tmp_path / "margins.parquet").exists()
+
+
+def test_logs_outside_of_the_run_stay(tmp_path):
+    logs = tmp_path / "logs_of_all"
+    logs.mkdir()
+    (logs / "log_1.txt").write_text("Step 1 | loss:0.5 \n")
+    run_in_process(tmp_path / "run", resume="auto", **{"metric_logger.log_dir": str(logs)})
+    assert (logs / "log_1.txt").read_text() == "Step 1 | loss:0.5 \n"
+
+
+def test_a_run_that_began_with_anothers_checkpoint_goes_on_from_it_until_it_has_one(tmp_path, whole):
+    named = str(whole / "checkpoints" / "step_6")
+    recipe = make_recipe(tmp_path, **KEYS, resume=named)
+    recipe.setup()
+    recipe.cleanup()  # killed before it had saved anything
+    assert not checkpoints(tmp_path)
+    again = make_recipe(tmp_path, **KEYS, resume="auto")
+    again.setup()
+    again.cleanup()
+    assert again.global_step == 6
 
 
 def test_a_run_is_not_written_over_unless_asked(tmp_path, whole):

@@ -1,5 +1,7 @@
 """Reference log-probs: those of plain sequences, by example, and the same from the cache whatever happened to it."""
 
+import contextlib
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -10,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch import nn
 from torchtune.models.llama3 import llama3
 
 from plain import plain_log_probs
@@ -237,6 +240,25 @@ def test_a_pass_goes_on_when_the_cache_is_full(dataset, models, cache, monkeypat
     monkeypatch.setattr(cache, "add", full)
     assert not compute(models[1], dataset, cache).isnan().any()
     assert "cannot be written (No space left on device); continuing without it" in caplog.text
+
+
+def test_what_is_in_no_tensor_is_another_reference(models, tmp_path):
+    weights, file = models[0].state_dict(), tmp_path / "config.json"
+    names = set()
+    for base in (10_000, 500_000):
+        file.write_text(json.dumps({"rope_theta": base}))
+        names.add(Checkpoint(weights, config_file=file).fingerprint)
+    assert len(names) == 2
+
+
+def test_the_base_of_an_adapter_is_asked_without_dropout():
+    class Model(nn.Dropout):
+        without_adapter = contextlib.nullcontext
+
+    model = Model(0.5).train()
+    found = module._without_adapter(lambda model, row: model(row), model, torch.ones(64))
+    assert torch.equal(found, torch.ones(64))
+    assert model.training
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_key(tmp_path):

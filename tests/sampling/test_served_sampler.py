@@ -206,6 +206,17 @@ def test_a_url_is_told_the_checkpoint(tokenizer, tmp_path, caplog):
         assert len(stub.requests) == 5
 
 
+def test_a_server_is_not_told_the_base_of_a_policy_with_an_adapter(tokenizer, tmp_path):
+    policy = Policy(
+        None, Checkpoint(adapter={"w": torch.zeros(1)}), tmp_path, tokenizer, torch.device("cpu"), torch.float32, 0
+    )
+    with serve(lambda path, body, number: {"data": []}) as stub:
+        with pytest.raises(UserError, match="needs the whole model.*; set save_adapter_weights_only: False"):
+            served_sampler(policy, stub.base_url, "policy", reload="true {checkpoint}")
+        (tmp_path / "adapter").mkdir()  # beside a whole model
+        served_sampler(policy, stub.base_url, "policy", reload="true {checkpoint}")
+
+
 def test_a_command_is_run_with_the_checkpoint(tokenizer, tmp_path):
     write = "import sys; open(sys.argv[2], 'w').write(sys.argv[1])"
     with serve(lambda path, body, number: {"data": []}) as stub:
