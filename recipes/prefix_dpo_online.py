@@ -28,10 +28,10 @@ from prefix_sharing.distributed import broadcast_object, is_rank_zero, sum_over_
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.online import (
     answer_prompts,
+    dataset_of_answers,
     describe_pairs,
     judged_answers,
     read_rows,
-    sampled_answers,
     sampler_differences,
 )
 from prefix_sharing.online.held_out import HeldOut, compare
@@ -336,7 +336,7 @@ class PrefixDPOOnline:
         """
         file = self.directory(number) / "kl.json"
         if not broadcast_object(file.exists()):
-            dataset = sampled_answers(answered, f"answers in {self.directory(number)}/held_out")
+            dataset = dataset_of_answers(answered, f"answers in {self.directory(number)}/held_out")
             cfg = OmegaConf.merge(self.training_config(number), {"compile": False})  # not for a few Rows
             policies = [self.policies.after(number)[0], self.policies.first()]
             by_policy, by_first = self.round_class(cfg, self.device).log_probs(dataset, policies)

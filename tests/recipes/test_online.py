@@ -17,7 +17,7 @@ from prefix_dpo_online import OnlineConfig, PrefixDPOOnline
 from prefix_sharing.checkpoint import TrainingCheckpoints
 from prefix_sharing.config import check_config, find_config, instantiate
 from prefix_sharing.errors import UserError
-from prefix_sharing.online import RoundTable, read_rows, row_of, sampled, tables
+from prefix_sharing.online import RoundTable, answering, read_rows, row_of, tables
 from prefix_sharing.online.average import write_average
 from prefix_sharing.reports.online import warn_of_length
 from prefix_sharing.run import set_up_device
@@ -197,7 +197,7 @@ def test_sampler_and_trainer_are_compared(tmp_path, monkeypatch, caplog):
     def with_other_weights(prompt, answers, tokenizer):
         return row_of(prompt, [answer._replace(log_prob=answer.log_prob - 1) for answer in answers], tokenizer)
 
-    monkeypatch.setattr(sampled, "row_of", with_other_weights)
+    monkeypatch.setattr(answering, "row_of", with_other_weights)
     make_run(tmp_path / "other", rounds=1).run()
     assert "That is more than 0.02: the sampler has other weights, or another precision." in caplog.text
 
@@ -249,7 +249,7 @@ def test_a_signal_in_a_rounds_last_step_ends_the_run_behind_it(tmp_path, monkeyp
 
 def test_a_loss_of_single_answers_trains_on_a_round(tmp_path):
     kto = {"_component_": "prefix_sharing.losses.KTOLoss"}  # which compares with answers to other prompts
-    make_run(tmp_path, rounds=1, loss=kto, pairs="all").run()
+    make_run(tmp_path, rounds=1, loss=kto).run()
     assert losses(tmp_path / "round_0")
 
 

@@ -1,15 +1,16 @@
 """Rounds of sampling, judging and training."""
 
 from prefix_sharing.online.agreement import sampler_differences
-from prefix_sharing.online.dataset import describe_pairs, sampled_answers, sampled_preference_dataset
+from prefix_sharing.online.answering import answer_prompts
+from prefix_sharing.online.dataset import dataset_of_answers, describe_pairs, sampled_preference_dataset
 from prefix_sharing.online.judged import judged_answers
 from prefix_sharing.online.prompts import make_prompts, prompt_dataset
-from prefix_sharing.online.sampled import answer_prompts
 from prefix_sharing.online.tables import RoundTable, in_parts, read_made_by, read_rows, row_of
 
 __all__ = [
     "RoundTable",
     "answer_prompts",
+    "dataset_of_answers",
     "describe_pairs",
     "in_parts",
     "judged_answers",
@@ -18,7 +19,6 @@ __all__ = [
     "read_made_by",
     "read_rows",
     "row_of",
-    "sampled_answers",
     "sampled_preference_dataset",
     "sampler_differences",
 ]

@@ -52,7 +52,7 @@ def sampled_preference_dataset(
     return PrefixPreferenceDataset(table, data_files)
 
 
-def sampled_answers(rows: list[dict[str, Any]], name: str) -> PrefixPreferenceDataset:
+def dataset_of_answers(rows: list[dict[str, Any]], name: str) -> PrefixPreferenceDataset:
     """All of a table's answers, each prompt an example, compared with none.
 
     Args:
