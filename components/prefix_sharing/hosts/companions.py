@@ -1,6 +1,8 @@
-"""Which files of a base model's directory belong to what is trained of it, too: no other file is copied."""
+"""A base model's directory, and which of its files belong to what is trained of it, too: no other file is copied."""
 
 from pathlib import Path
+
+from omegaconf import DictConfig
 
 _TOKENIZER = (
     "tokenizer*",
@@ -13,6 +15,19 @@ _TOKENIZER = (
     "chat_template.json",
 )
 _COMPANIONS = (*_TOKENIZER, "generation_config.json", "LICENSE*", "NOTICE*")
+
+
+def base_directory(node: DictConfig) -> Path | None:
+    """Where a base model is.
+
+    Args:
+        node (DictConfig): the config's ``checkpointer``.
+
+    Returns:
+        Path | None: its directory, or its name on the hub; None if its weights are in no file.
+    """
+    where = node.get("path") or node.get("checkpoint_dir")
+    return None if where is None else Path(where)
 
 
 def is_companion(file: Path) -> bool:

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from tokenizers import Tokenizer
 
 from prefix_sharing.errors import ConfigError
-from prefix_sharing.hosts.companions import is_of_tokenizer
+from prefix_sharing.hosts.companions import base_directory, is_of_tokenizer
 from prefix_sharing.tokenizers import HFChatTokenizer
 
 _LEAST_IN_COMMON = 0.9
@@ -25,7 +25,7 @@ def check_tokenizer(cfg: DictConfig, tokenizer: Any) -> None:
     Raises:
         ConfigError: if so.
     """
-    base = _base_of(cfg)
+    base = base_directory(cfg.checkpointer)
     if base is None or not isinstance(tokenizer, HFChatTokenizer) or not (base / "tokenizer.json").is_file():
         return
     if base.resolve() == Path(tokenizer.path).resolve():
@@ -48,7 +48,7 @@ def replace_tokenizer(cfg: DictConfig, epoch_dir: Path) -> None:
         cfg (DictConfig): the run's config; where its ``tokenizer`` has no directory of its own, the base's stays.
         epoch_dir (Path): what was saved after an epoch.
     """
-    base, path = _base_of(cfg), cfg.tokenizer.get("path")
+    base, path = base_directory(cfg.checkpointer), cfg.tokenizer.get("path")
     if base is None or not isinstance(path, str) or not Path(path).is_dir() or base.resolve() == Path(path).resolve():
         return
     for file in _files_of(epoch_dir):
@@ -59,9 +59,3 @@ def replace_tokenizer(cfg: DictConfig, epoch_dir: Path) -> None:
 
 def _files_of(directory: Path) -> list[Path]:
     return [file for file in directory.iterdir() if file.is_file() and is_of_tokenizer(file)]
-
-
-def _base_of(cfg: DictConfig) -> Path | None:
-    """The base model's directory; None if its weights are in no file."""
-    where = cfg.checkpointer.get("path") or cfg.checkpointer.get("checkpoint_dir")
-    return None if where is None else Path(where)

@@ -10,6 +10,7 @@ from prefix_sharing.checkpoint import Checkpoint
 from prefix_sharing.distributed import broadcast_object, is_rank_zero
 from prefix_sharing.fingerprint import fingerprint
 from prefix_sharing.hosts import load_checkpoint, load_trained_checkpoint, merged_weights, read_weight_file
+from prefix_sharing.hosts.companions import base_directory
 from prefix_sharing.online.average import WEIGHTS, write_average
 
 
@@ -30,8 +31,7 @@ class Policies:
         """Where the policy after a round is; None if the run begins with one that is in no file."""
         if number >= 0:
             return self.directory_of(number) / f"epoch_{self.cfg.epochs - 1}"
-        where = self.cfg.checkpointer.get("path") or self.cfg.checkpointer.get("checkpoint_dir")
-        return None if where is None else Path(where)
+        return base_directory(self.cfg.checkpointer)
 
     def first(self) -> Checkpoint:
         """Reads the policy that the run begins with."""
