@@ -140,7 +140,10 @@ class PrefixDPOAnswers:
         lines = [f"# Answers before and after training\n\n{cfg.output_dir}, {how}."]
         for i, prompt in zip(indices, prompts, strict=True):
             texts = {"prompt": decode_all(self.tokenizer, prompt)} | {when: given[i] for when, given in answers.items()}
+            labels = self.dataset.labels(i)
             for k, response in enumerate(self.dataset[i], start=1):
+                if len(labels) and labels[k - 1] == 0:
+                    continue  # an answer to another prompt, which KTO compares with
                 texts[f"response {k} of the data"] = decode_all(self.tokenizer, split_at_answer(response, header)[1])
             lines.append(f"## Record {self.dataset.record_index[i]}")
             lines += [f"**{name}**\n\n````text\n{text.strip()}\n````" for name, text in texts.items()]
