@@ -140,12 +140,13 @@ class PrefixDPOAnswers:
         lines = [f"# Answers before and after training\n\n{how}; run: {cfg.output_dir}"]
         for i, prompt in zip(indices, prompts, strict=True):
             texts = {"prompt": decode_all(self.tokenizer, prompt)} | {when: given[i] for when, given in answers.items()}
-            responses, pairs = self.dataset[i], self.dataset.pairs(i)
+            responses, pairs, labels = self.dataset[i], self.dataset.pairs(i), self.dataset.labels(i)
             names = [f"response {k + 1} of the data" for k in range(len(responses))]
             if len(responses) == 2 and len(pairs) == 1:
                 names[pairs[0, 0]], names[pairs[0, 1]] = "chosen", "rejected"
-            for name, response in zip(names, responses, strict=True):
-                texts[name] = decode_all(self.tokenizer, split_at_answer(response, header)[1])
+            for k, response in enumerate(responses):
+                if len(labels) == 0 or labels[k] != 0:  # else an answer to another prompt, which KTO compares with
+                    texts[names[k]] = decode_all(self.tokenizer, split_at_answer(response, header)[1])
             lines.append(f"## Record {self.dataset.record_index[i]}")
             lines += [f"**{name}**\n\n````text\n{text.strip()}\n````" for name, text in texts.items()]
         file = Path(cfg.output_dir) / "answers.md"

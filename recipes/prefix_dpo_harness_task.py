@@ -2,21 +2,20 @@
 
     tune run prefix_dpo_harness_task --config quickstart/single_device
 
-Takes any training config of this package. Trains nothing and reads no weights; the task is written to ``harness`` under
-``output_dir``.
+Takes any training config of this package whose held-out data has pairs, whatever its loss and device. Builds no model;
+the task is written to ``harness`` under ``output_dir``.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
 
 from prefix_sharing.config import DistributedConfig, instantiate, parse
+from prefix_sharing.datasets import PrefixPreferenceDataset
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.reports.harness_task import write_harness_task
-from prefix_sharing.run import build_loss, build_model, set_up_logging
-from prefix_sharing.run.data import build_dataset
+from prefix_sharing.run import set_up_logging
 
 
 @dataclass
@@ -34,14 +33,18 @@ def write_task(cfg: DictConfig) -> None:
         cfg (DictConfig): the keys of ``HarnessTaskConfig``.
 
     Raises:
-        ConfigError: if there is no held-out data, or the task's name would be no name.
+        ConfigError: if there is no held-out data of this package's, or the task's name would be no name.
     """
     if cfg.dataset_val is None:
         raise ConfigError("dataset_val", "required: its pairs are the task's questions")
     if not cfg.task.replace("_", "").isalnum():
         raise ConfigError("task", f"'{cfg.task}' has to be of letters, digits and _")
-    tokenizer, model = instantiate("tokenizer", cfg.tokenizer), build_model(cfg, torch.device("cpu"))
-    dataset = build_dataset("dataset_val", cfg, tokenizer, model, build_loss(cfg))
+    tokenizer = instantiate("tokenizer", cfg.tokenizer)
+    # Not as for training, where a loss may take pairs apart or have use for none.
+    dataset = instantiate("dataset_val", cfg.dataset_val, tokenizer)
+    if not isinstance(dataset, PrefixPreferenceDataset):
+        problem = f"builds a {type(dataset).__name__}, which has no pairs to ask about; use "
+        raise ConfigError("dataset_val", f"{problem}prefix_sharing.datasets.prefix_preference_dataset")
     write_harness_task(dataset, tokenizer, cfg.task, Path(cfg.output_dir) / "harness")
 
 

@@ -27,6 +27,7 @@ from prefix_sharing.reports.lengths import prefix_ratio as ratio_of
 from prefix_sharing.run import build_loss, build_model, build_plan, set_up_logging
 from prefix_sharing.run.data import build_dataset, describe_step
 from prefix_sharing.run.optimization import choose_seed
+from prefix_sharing.run.setup import default_dtype
 from prefix_sharing.trees import bucket_length
 from prefix_sharing.wording import counted
 
@@ -54,6 +55,7 @@ class PrefixDPOStats:
         self.cfg = cfg
         on_cuda = torch.cuda.is_available() if cfg.device is None else cfg.device.startswith("cuda")
         device = torch.device("cuda" if on_cuda else "cpu")
+        cfg.dtype = cfg.dtype or default_dtype(device)
         self.model = build_model(cfg, device)  # on the meta device, whatever the device
         self.round_length = rounding_of(self.model.attention_backend)
         self.tokenizer = instantiate("tokenizer", cfg.tokenizer)

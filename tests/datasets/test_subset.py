@@ -45,6 +45,25 @@ def test_a_subset_is_drawn_by_its_seed_and_the_others_are_counted(nodes):
     assert set(subset(nodes[0], 14).ids.to_pylist()) < set(drawn.ids.to_pylist())
 
 
+def test_records_merged_into_examples_that_are_not_drawn_are_not_used(tmp_path):
+    records = [{"prompt": f"q{i % 10}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(30)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    node = {"data_files": str(tmp_path / "c.jsonl"), "group_by_prompt": True}
+    drawn = subset(node, 2)
+    assert "30 records = 6 used (merged into 2 examples) + 24 dropped (not drawn for the subset: 24)" in repr(drawn)
+    # the same prompts in both data sets, but all of the first one's are taken
+    mixture = preference_mixture(tokenizer(), datasets=[node, {**node, "max_examples": 2}])
+    beyond = {"beyond its share of the mixture": 24}
+    assert (mixture.num_records, len(mixture), mixture.num_merged, mixture.dropped) == (60, 12, 24, beyond)
+    whole = {
+        "_component_": "prefix_sharing.datasets.preference_mixture",
+        "datasets": [node, {**node, "max_examples": 2}],
+    }
+    fewer = subset(whole, 5)
+    assert (len(fewer), fewer.num_merged) == (5, 10)
+    assert fewer.dropped == beyond | {"not drawn for the subset": 21}
+
+
 def test_a_subset_of_a_mixture_still_knows_where_examples_come_from(nodes):
     of_both = {"_component_": "prefix_sharing.datasets.preference_mixture"}
     of_both["datasets"] = [{**node, "weight": weight} for node, weight in zip(nodes, (2, 1), strict=True)]

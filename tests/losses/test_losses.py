@@ -177,6 +177,16 @@ def test_what_does_not_go_together_is_refused():
         DPOLoss(loss_type="exo_pair")
 
 
+def test_what_would_not_be_used_is_refused():
+    for loss_type in ("hinge", "ipo", "bco_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down"):
+        with pytest.raises(ValueError, match=f"^label_smoothing is not used by loss_type {loss_type}; remove it.$"):
+            DPOLoss(loss_type=loss_type, label_smoothing=0.2)
+    for divergence in ("reverse_kl", "forward_kl", "js_divergence"):
+        with pytest.raises(ValueError, match=f"^f_alpha is not used by f_divergence {divergence}; remove it.$"):
+            DPOLoss(f_divergence=divergence, f_alpha=0.3)
+    DPOLoss(f_divergence="alpha_divergence", f_alpha=0.3)
+
+
 def test_only_dpo_needs_a_reference():
     assert DPOLoss().needs.reference
     assert not SimPOLoss().needs.reference

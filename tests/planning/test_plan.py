@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from plain import uniform_sizes
 from prefix_sharing.planning import ByLength, ExampleSizes, Fixed, Plan, WholeDataset, report_plan
 
 PACK_LEN = 64
@@ -72,7 +73,7 @@ def test_a_step_takes_the_same_examples_for_any_ranks_and_row_length(data, world
 
 
 def plan_of(num_examples, **kwargs):
-    return Plan(sizes=ExampleSizes.uniform(num_examples), **{"packing": Fixed(1), **kwargs})
+    return Plan(sizes=uniform_sizes(num_examples), **{"packing": Fixed(1), **kwargs})
 
 
 def test_order_depends_on_seed_and_epoch_only():
@@ -138,7 +139,7 @@ def test_the_papers_mode_packs_the_whole_data_set_first():
 
 
 def test_no_plan_is_half_a_plan():
-    sizes = ExampleSizes.uniform(5)
+    sizes = uniform_sizes(5)
     assert [step.example_index.tolist() for step in Plan(sizes=sizes, packing=Fixed(2)).epoch()] == [[0, 1, 2, 3, 4]]
     with pytest.raises(ValueError, match="takes rows_per_step Rows per step, not examples_per_step examples"):
         Plan(sizes=sizes, packing=WholeDataset(4, 2), examples_per_step=3)

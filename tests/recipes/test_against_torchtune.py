@@ -11,8 +11,9 @@ from torchtune.models.convert_weights import hf_to_tune
 from torchtune.models.llama3 import llama3
 from torchtune.rlhf.loss import DPOLoss
 
+from plain import uniform_sizes
 from prefix_sharing.hosts.torchtune.paired import as_torchtunes_sample
-from prefix_sharing.planning import ExampleSizes, Fixed, Plan
+from prefix_sharing.planning import Fixed, Plan
 from prefix_sharing.quickstart import preference_pairs, tokenizer
 from runs import losses, run_in_process, training_log
 
@@ -38,7 +39,7 @@ def torchtune_losses(initial_weights):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-4, weight_decay=0.0)
     loss_fn = DPOLoss()
     pairs = preference_pairs(tokenizer(), num_pairs=160)
-    plan = Plan(sizes=ExampleSizes.uniform(160), packing=Fixed(8), examples_per_step=8, seed=0, shuffle=True)
+    plan = Plan(sizes=uniform_sizes(160), packing=Fixed(8), examples_per_step=8, seed=0, shuffle=True)
 
     def log_probs(model, batch):
         input_ids, labels = batch

@@ -50,6 +50,19 @@ def test_answers_are_the_likeliest_tokens_of_each_model(tmp_path, overrides):
     assert answers["after training"][0] == tokenizer().decode(tokens[start:]).strip()
 
 
+def test_answers_to_other_prompts_are_not_shown_as_the_datas(tmp_path):
+    loss = {
+        "loss": {"_component_": "prefix_sharing.losses.KTOLoss"},
+        "max_steps_per_epoch": 1,
+        "dataset_val.num_pairs": 4,
+    }
+    run_in_process(tmp_path, **loss)
+    recipe, _ = answers_of(tmp_path, num_prompts=1, **loss)
+    assert recipe.dataset.labels(0).tolist() == [1, -1, 0, 0]
+    text = (tmp_path / "answers.md").read_text()
+    assert re.findall(r"\*\*(.* of the data)\*\*", text) == ["response 1 of the data", "response 2 of the data"]
+
+
 def test_a_sequence_is_parted_at_its_last_answer():
     prompt, answer = split_at_answer(response([1, 2, 3, 4, 5, 6, 7], [0, 1, 1, 0, 1, 1, 0]))
     assert prompt.tolist() == [1, 2, 3, 4]

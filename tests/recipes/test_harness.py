@@ -13,7 +13,7 @@ from torchtune.models.convert_weights import tune_to_hf
 from documents import PAGES, commands, table
 from prefix_dpo_harness_task import HarnessTaskConfig, write_task
 from prefix_sharing.datasets import prefix_preference_dataset
-from prefix_sharing.errors import UserError
+from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.quickstart import tokenizer
 from prefix_sharing.quickstart.checkpointer import TOKENIZER_DIR
 from prefix_sharing.reports.harness_task import write_harness_task
@@ -108,6 +108,29 @@ def test_the_papers_set_is_lm_evals_group():
     shots = {task["task"]: task["num_fewshot"] for task in group["task"]}
     assert {cells[0].strip("`"): int(cells[1]) for cells in table(PAGE, "task")} == shots
     assert any("--tasks openllm" in command for command in commands(PAGE))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"loss": {"_component_": "prefix_sharing.losses.KTOLoss"}},
+        {"attention_backend": "flex", "flex_kernel_options": {"BLOCK_M": 32}, "compile": True},
+    ],
+)
+def test_the_task_does_not_depend_on_how_a_run_trains(tmp_path, keys):
+    write_task(make_config(tmp_path, config_class=HarnessTaskConfig, **keys))
+    assert len((tmp_path / "harness" / "held_out_pairs.jsonl").read_text().splitlines()) == 16
+
+
+def test_data_without_pairs_is_no_task(tmp_path):
+    (tmp_path / "answers.jsonl").write_text('{"prompt": "q", "completion": "a", "label": true}\n')
+    node = {"_component_": "prefix_sharing.datasets.prefix_preference_dataset"}
+    node["data_files"] = str(tmp_path / "answers.jsonl")
+    with pytest.raises(UserError, match="answers.jsonl has no pair that lm-eval could be asked about"):
+        write_task(make_config(tmp_path, config_class=HarnessTaskConfig, dataset_val=node))
+    node = {"_component_": "builtins.str"}
+    with pytest.raises(ConfigError, match="'dataset_val': builds a str, which has no pairs to ask about; use prefix"):
+        write_task(make_config(tmp_path, config_class=HarnessTaskConfig, dataset_val=node))
 
 
 def questions(directory, records, **arguments):

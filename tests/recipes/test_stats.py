@@ -8,6 +8,7 @@ import pytest
 
 from plain import response
 from prefix_dpo_stats import PrefixDPOStats, StatsConfig
+from prefix_sharing.attention.varlen import has_grouped_queries
 from prefix_sharing.errors import ConfigError
 from prefix_sharing.reports.lengths import Lengths, mark_example, plot_lengths, prefix_ratio, shared_prefix
 from prefix_sharing.reports.lengths import measure_lengths as measure
@@ -62,6 +63,13 @@ def test_a_run_on_several_processes_is_planned_for_as_many(tmp_path, capsys):
         assert stats.plan.steps_per_epoch == steps
         stats.run()
         assert said in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not has_grouped_queries(), reason="varlen_attn takes grouped heads from torch 2.12 on")
+def test_what_the_device_decides_is_as_in_training(tmp_path):
+    keys = {"config_class": StatsConfig, "device": "cuda", "dtype": None, "attention_backend": "varlen"}
+    stats = PrefixDPOStats(make_config(tmp_path, **keys))  # nothing is computed, so there need be no such device
+    assert (stats.cfg.dtype, stats.model.attention_backend) == ("bf16", "varlen")
 
 
 def test_an_example_that_is_not_there_is_said(tmp_path):

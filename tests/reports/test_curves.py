@@ -10,7 +10,7 @@ def test_a_log_of_torchtunes_is_read_back(tmp_path):
     logger.log_dict({"loss": 0.5, "rewards/accuracies": 1.0}, step=1)
     logger.log_dict({"eval/loss": 1e-7}, step=2)
     logger.close()
-    assert read_log(tmp_path) == [
+    assert read_log(logger.path_to_log_file()) == [
         (1, {"loss": 0.5, "rewards/accuracies": 1.0}),
         (2, {"eval/loss": pytest.approx(1e-7)}),
     ]

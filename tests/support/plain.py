@@ -20,6 +20,7 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.modules import RMSNorm
 from torchtune.rlhf import get_batch_log_probs
 
+from prefix_sharing.planning import ExampleSizes
 from prefix_sharing.trees import Response
 
 VOCAB = 23
@@ -161,3 +162,9 @@ def examples(draw, min_responses=1, max_responses=5):
 
 def rows_of_examples(max_examples=3):
     return st.lists(examples(), min_size=1, max_size=max_examples)
+
+
+def uniform_sizes(num_examples):
+    """Examples that are all alike, for a plan."""
+    ones = np.ones(num_examples, dtype=np.int64)
+    return ExampleSizes(ones, ones.astype(np.float64), ones)

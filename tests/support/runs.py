@@ -147,7 +147,7 @@ def torchrun(num_processes, file, *arguments, timeout=200, **environment):
 
 def read_log(output_dir):
     """Every entry of the run's log as ``(step, metrics)``."""
-    return curves.read_log(Path(output_dir) / "logs")
+    return [entry for file in sorted(Path(output_dir).glob("logs/log_*.txt")) for entry in curves.read_log(file)]
 
 
 def training_log(output_dir):

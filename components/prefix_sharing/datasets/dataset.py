@@ -87,11 +87,34 @@ class PrefixPreferenceDataset(Dataset):
         Returns:
             PrefixPreferenceDataset: another data set; the others count as dropped.
         """
+        left_out = np.full(len(self), NOT_DRAWN, dtype=object)
+        left_out[examples] = ""
         changed = copy.copy(self)
-        changed._left_out = np.where(self.reasons == "", NOT_DRAWN, self.reasons)
-        changed._left_out[self.record_index[examples]] = ""
+        changed._left_out = self.leaving_out(left_out)
         changed._set_table(self.tokenized)
         return changed
+
+    def leaving_out(self, left_out: np.ndarray) -> np.ndarray:
+        """Why each record is not used if some of the examples are left out, and with them what was merged into them.
+
+        Args:
+            left_out (np.ndarray): why each example is left out, "" where it is not, shape ``[N]``.
+
+        Returns:
+            np.ndarray: as ``reasons``, shape ``[records]``.
+        """
+        reasons = self.reasons.copy()
+        reasons[self.record_index] = left_out
+        if self.num_merged:
+            prompts = self.tokenized.data.column("prompt").to_pylist()
+            of_prompt: dict[str, str] = {}
+            # An example comes before what was merged into it; in a mixture, another one of its prompt may follow.
+            for i in np.flatnonzero((self.reasons == "") | (self.reasons == MERGED)):
+                if self.reasons[i] == "":
+                    of_prompt[prompts[i]] = reasons[i]
+                else:
+                    reasons[i] = of_prompt[prompts[i]] or MERGED
+        return reasons
 
     def _set_table(self, tokenized: datasets.Dataset) -> None:
         name = self.name
@@ -99,7 +122,8 @@ class PrefixPreferenceDataset(Dataset):
         self.num_records = len(tokenized)
         reasons = np.asarray(tokenized.data.column("dropped").to_pylist(), dtype=object)
         if self._left_out is not None:
-            reasons = np.where(reasons == "", self._left_out, reasons)
+            is_free = (self._left_out != "") & ((reasons == "") | (reasons == MERGED))
+            reasons = np.where(is_free, self._left_out, reasons)
         counts = Counter(reasons.tolist())
         self.num_merged = counts.pop(MERGED, 0)
         self.dropped = {reason: n for reason, n in sorted(counts.items()) if reason}

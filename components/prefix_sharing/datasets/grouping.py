@@ -60,12 +60,12 @@ class _Merge:
             return example
         remarks = {name: example[name] for name in NO_REMARKS}
         if not is_scored and index != group[0]:
-            return dropped_example(MERGED, remarks)
+            return dropped_example(MERGED, remarks) | {"prompt": example["prompt"]}
         members = [self._tokenized[member] for member in group]
         merged = compare(members, self._strategy) if is_scored else merge(members)
         if merged["dropped"] or index == group[0]:
             return merged | {"lost_text": example["lost_text"], "unused": example["unused"]}
-        return dropped_example(MERGED, remarks)
+        return dropped_example(MERGED, remarks) | {"prompt": example["prompt"]}
 
 
 def merge(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -32,10 +32,7 @@ class PreferenceMixture(PrefixPreferenceDataset):
     def __init__(self, parts: Sequence[PrefixPreferenceDataset], left_out: Sequence[np.ndarray]) -> None:
         self._names = [part.name for part in parts]
         self._starts = np.cumsum([0, *(part.num_records for part in parts)])
-        reasons = []
-        for part, of_examples in zip(parts, left_out, strict=True):
-            reasons.append(part.reasons.copy())
-            reasons[-1][part.record_index] = of_examples
+        reasons = [part.leaving_out(of_examples) for part, of_examples in zip(parts, left_out, strict=True)]
         tokenized = hf_datasets.concatenate_datasets([part.tokenized for part in parts])
         super().__init__(tokenized, f"mixture of {', '.join(self._names)}", left_out=np.concatenate(reasons))
 

@@ -4,7 +4,7 @@ A host turns a model into a ``TreeModel``, which takes a Row and returns the log
 writes its weights.
 """
 
-from prefix_sharing.hosts.choice import (
+from prefix_sharing.hosts.dispatch import (
     build_answer_model,
     check_arithmetic,
     load_checkpoint,

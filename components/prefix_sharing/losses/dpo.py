@@ -49,6 +49,9 @@ _OF_REWARDS: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tenso
     "apo_down": lambda c, r, beta: torch.sigmoid(c) + torch.sigmoid(r - c),
 }
 
+_SMOOTHED = tuple(name for name in _OF_DIFFERENCE if name != "hinge")
+"""What makes use of label_smoothing."""
+
 _NORMALIZED = ("sigmoid_norm", "ipo")
 """What compares log-ratios per token."""
 
@@ -84,7 +87,7 @@ class DPOLoss(Loss):
 
     The reward of a response is $\beta \log(\pi / \pi_{ref})$, per scored token where the loss is. The two that
     sort compare distributions; as TRL sorts the pairs of a micro-batch, they sort those of a Row, and so are the only
-    ones that depend on packing.
+    losses that depend on packing, but for the auxiliary loss of a mixture of experts' routers.
 
     Args:
         beta (float): how strongly the policy is held to the reference; 0.1 to 0.5 are usual. Default: 0.1.
@@ -104,7 +107,7 @@ class DPOLoss(Loss):
             [RPO](https://arxiv.org/abs/2404.19733) adds. Default: 0.0.
 
     Raises:
-        ValueError: if an argument is out of range, or two do not go together.
+        ValueError: if an argument is out of range or not used, or two do not go together.
     """
 
     beta: float = 0.1
@@ -120,8 +123,12 @@ class DPOLoss(Loss):
         check_beta_and_label_smoothing(self.beta, self.label_smoothing)
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, not {self.loss_type}.")
+        if self.label_smoothing != 0 and self.loss_type not in _SMOOTHED:
+            raise ValueError(f"label_smoothing is not used by loss_type {self.loss_type}; remove it.")
         if self.f_divergence not in F_DIVERGENCES:
             raise ValueError(f"f_divergence must be one of {', '.join(F_DIVERGENCES)}, not {self.f_divergence}.")
+        if self.f_alpha != DPOLoss.f_alpha and self.f_divergence != "alpha_divergence":
+            raise ValueError(f"f_alpha is not used by f_divergence {self.f_divergence}; remove it.")
         if self.f_divergence != "reverse_kl" and self.loss_type in (*_OF_REWARDS, "aot"):
             raise ValueError(f"f_divergence {self.f_divergence} cannot be combined with loss_type {self.loss_type}.")
         if self.loss_type == "exo_pair" and self.label_smoothing == 0:

@@ -32,12 +32,6 @@ class ExampleSizes:
     cost: np.ndarray
     num_terms: np.ndarray
 
-    @classmethod
-    def uniform(cls, num_examples: int) -> "ExampleSizes":
-        """Examples that are all alike."""
-        ones = np.ones(num_examples, dtype=np.int64)
-        return cls(ones, ones.astype(np.float64), ones)
-
 
 @dataclass(frozen=True)
 class Fixed:

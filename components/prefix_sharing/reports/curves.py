@@ -20,16 +20,22 @@ _PANELS = {
 }
 
 
-def read_log(log_dir: str | Path) -> Log:
-    """Every entry of a directory's logs.
+def read_log(file: Path) -> Log:
+    """Every entry of a log, of several runs if they share it.
 
     Args:
-        log_dir (str | Path): the ``DiskLogger``'s.
+        file (Path): the ``DiskLogger``'s.
 
     Returns:
-        Log: steps and their metrics, in the order of the files.
+        Log: steps and their metrics.
     """
-    return [entry for file in sorted(Path(log_dir).glob("log_*.txt")) for entry in _read_file(file)]
+    entries = []
+    for line in file.read_text().splitlines():
+        match = re.fullmatch(r"Step (\d+) \| (.*)", line.strip())
+        if match:
+            values = (value.rsplit(":", 1) for value in match[2].split())
+            entries.append((int(match[1]), {name: float(value) for name, value in values}))
+    return entries
 
 
 def read_log_of_last_run(files: Sequence[Path]) -> Log:
@@ -47,7 +53,7 @@ def read_log_of_last_run(files: Sequence[Path]) -> Log:
     entries: Log = []
     for file in files:
         previous = None
-        for step, metrics in _read_file(file):
+        for step, metrics in read_log(file):
             if previous is None or step < previous:  # a run begins, or a part of one
                 entries = [entry for entry in entries if entry[0] < step] if step > 1 else []
             entries.append((step, metrics))
@@ -55,21 +61,11 @@ def read_log_of_last_run(files: Sequence[Path]) -> Log:
     return entries
 
 
-def _read_file(file: Path) -> Log:
-    entries = []
-    for line in file.read_text().splitlines():
-        match = re.fullmatch(r"Step (\d+) \| (.*)", line.strip())
-        if match:
-            values = (value.rsplit(":", 1) for value in match[2].split())
-            entries.append((int(match[1]), {name: float(value) for name, value in values}))
-    return entries
-
-
 def plot_curves(entries: Log, title: str, file: Path) -> None:
     """Loss, accuracy, margin and log-probs over steps: lines in training, dots on held-out examples.
 
     Args:
-        entries (Log): as ``read_log`` returns them.
+        entries (Log): as ``read_log_of_last_run`` returns them.
         title (str): what was trained.
         file (Path): where the PNG goes.
     """

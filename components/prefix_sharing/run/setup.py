@@ -60,7 +60,7 @@ def set_up_device(cfg: DictConfig) -> torch.device:
     if cfg.device is not None and device.type != torch.device(cfg.device).type:
         raise ConfigError("device", f"{cfg.device} is not available; set device=cpu or remove the key")
     if cfg.dtype is None:
-        cfg.dtype = "bf16" if device.type == "cuda" else "fp32"
+        cfg.dtype = default_dtype(device)
     if cfg.compile is None:
         cfg.compile = device.type == "cuda"
     with explained("dtype"):
@@ -76,6 +76,11 @@ def set_up_device(cfg: DictConfig) -> torch.device:
     except OSError as error:
         raise ConfigError("output_dir", f"{cfg.output_dir} cannot be written: {error.strerror}") from error
     return device
+
+
+def default_dtype(device: torch.device) -> str:
+    """What ``dtype`` is on a device if it is not set."""
+    return "bf16" if device.type == "cuda" else "fp32"
 
 
 def compute_dtype(cfg: DictConfig) -> torch.dtype:

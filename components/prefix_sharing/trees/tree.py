@@ -124,7 +124,6 @@ class PrefixTree:
         responses (np.ndarray): response each scored token counts for, shape ``[m]``. A scored token inside a shared
             prefix is listed once for every response through it.
         num_scored (np.ndarray): number of scored tokens of each response, shape ``[K]``.
-        paired_tokens (int): tokens the same responses need if nothing is shared.
     """
 
     tokens: np.ndarray
@@ -135,7 +134,6 @@ class PrefixTree:
     targets: np.ndarray
     responses: np.ndarray
     num_scored: np.ndarray
-    paired_tokens: int
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -180,7 +178,6 @@ class PrefixTree:
             targets=_concatenate(targets),
             responses=_concatenate(owners),
             num_scored=num_scored,
-            paired_tokens=sum(len(i) for i in inputs),
         )
 
 
