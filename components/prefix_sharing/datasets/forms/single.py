@@ -33,7 +33,7 @@ def is_completion(record: Record) -> bool:
 
 def read_completion(record: Record) -> Comparison:
     """A prompt and an answer to it, for ``NLLLoss``: TRL's ``completion``, Alpaca's ``output``."""
-    name = next(name for name in ANSWERS if name in record)
+    name = next((name for name in ANSWERS if name in record), ANSWERS[0])
     if not record.is_mapped(name):
         _refuse_preferences(record, name)
     return compare(record, prompt_of(record), [record.get(name)], [record.key(name)])
