@@ -21,7 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from prefix_dpo_single_device import PrefixDPORecipeSingleDevice
 from prefix_sharing.attention import rounding_of
-from prefix_sharing.checkpoint import Checkpoint, load_optimizer_state_into, newest_checkpoint
+from prefix_sharing.checkpoint import Checkpoint, complete_file, load_optimizer_state_into, newest_checkpoint
 from prefix_sharing.config import TrainingConfig, at_least, component_name, instantiate, parse
 from prefix_sharing.datasets import PrefixPreferenceDataset, StepLoader
 from prefix_sharing.distributed import broadcast_object, is_rank_zero, sum_over_ranks, this_rank, wait_for_all_ranks
@@ -342,10 +342,7 @@ class PrefixDPOOnline:
             by_policy, by_first = self.round_class(cfg, self.device).log_probs(dataset, policies)
             tokens = HeldOut.of_rows(answered).lengths.sum()
             if is_rank_zero():
-                written = {"kl": float((by_policy - by_first).sum() / tokens)}
-                unfinished = file.with_suffix(".unfinished")
-                unfinished.write_text(json.dumps(written), encoding="utf-8")
-                unfinished.replace(file)
+                complete_file(file, json.dumps({"kl": float((by_policy - by_first).sum() / tokens)}))
             wait_for_all_ranks()
         return json.loads(file.read_text(encoding="utf-8"))["kl"]
 

@@ -3,6 +3,7 @@
 from prefix_sharing.checkpoint.state import (
     Checkpoint,
     complete_directory,
+    complete_file,
     full_weights,
     remove_unfinished,
     set_full_weights,
@@ -23,6 +24,7 @@ __all__ = [
     "TrainingCheckpoint",
     "TrainingCheckpoints",
     "complete_directory",
+    "complete_file",
     "find_checkpoints",
     "full_weights",
     "is_checkpoint",

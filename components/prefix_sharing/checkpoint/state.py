@@ -22,7 +22,7 @@ from prefix_sharing.errors import UserError
 log = logging.getLogger(__name__)
 
 UNFINISHED = ".writing"
-"""What the name of a directory ends with until all of it is written."""
+"""What the name of a directory or file ends with until all of it is written."""
 
 _BEFORE = ".before"
 
@@ -129,14 +129,29 @@ def readable_size(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
+def complete_file(file: Path, content: str | bytes) -> None:
+    """Writes a file, which gets its name when all of it is written.
+
+    Args:
+        file (Path): its name; what is there is replaced.
+        content (str | bytes): what is to be in it.
+    """
+    unfinished = file.with_name(f".{file.name}{UNFINISHED}")
+    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+    unfinished.replace(file)
+
+
 def remove_unfinished(parent: Path) -> None:
-    """Removes what a process that was killed left of ``complete_directory`` and of training checkpoints.
+    """Removes what a process that was killed left of ``complete_directory``, ``complete_file`` and of checkpoints.
 
     Args:
         parent (Path): where they are; nobody else may be writing there.
     """
     for unfinished in parent.glob(f"*{UNFINISHED}"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            unfinished.unlink(missing_ok=True)
     for before in parent.glob(f"*{_BEFORE}"):
         if before.with_suffix("").exists():
             shutil.rmtree(before, ignore_errors=True)

@@ -14,8 +14,9 @@ column               of each prompt
 ==================== ==================================================================================
 """
 
+import io
 import json
-import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prefix_sharing.checkpoint import complete_file
 from prefix_sharing.distributed import this_rank
 from prefix_sharing.errors import UserError
 from prefix_sharing.sampling import Answer, Prompt
@@ -94,10 +96,7 @@ class RoundTable:
         rows = [by_key[key] for key in keys]
         if not self.is_whole:
             self._write(self.file, rows)
-        for part in self._part_files():
-            part.unlink()
-        if self._parts.is_dir():
-            self._parts.rmdir()
+        shutil.rmtree(self._parts, ignore_errors=True)
         return rows
 
     def _part_files(self) -> list[Path]:
@@ -105,9 +104,9 @@ class RoundTable:
 
     def _write(self, file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         schema = _SCHEMA.with_metadata({"made_by": json.dumps(self._made_by, sort_keys=True)})
-        unfinished = file.with_suffix(".unfinished")
-        pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), unfinished)
-        os.replace(unfinished, file)
+        written = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), written)
+        complete_file(file, written.getvalue())
 
 
 def in_parts(rows: Sequence[Any]) -> list[Sequence[Any]]:

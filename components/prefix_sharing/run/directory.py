@@ -18,13 +18,14 @@ from torch.optim import Optimizer
 
 from prefix_sharing.checkpoint import (
     TrainingCheckpoint,
+    complete_file,
     find_checkpoints,
     is_checkpoint,
     newest_checkpoint,
     read_checkpoint,
     remove_unfinished,
 )
-from prefix_sharing.checkpoint.state import UNFINISHED, readable_size
+from prefix_sharing.checkpoint.state import readable_size
 from prefix_sharing.distributed import broadcast_object, is_rank_zero
 from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.hosts import TreeModel
@@ -219,9 +220,7 @@ def run_id(cfg: DictConfig, resumed: TrainingCheckpoint | None, num_examples: in
         content = {"id": new, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "examples": num_examples}
         if resumed is not None:  # which the run continues from as long as it has saved nothing itself
             content["begins_with"] = str(resumed.directory.resolve())
-        unfinished = Path(cfg.output_dir) / f"{_RUN}{UNFINISHED}"
-        unfinished.write_text(json.dumps(content), encoding="utf-8")
-        unfinished.replace(Path(cfg.output_dir) / _RUN)
+        complete_file(Path(cfg.output_dir) / _RUN, json.dumps(content))
     return new
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from prefix_sharing.checkpoint import complete_file
 from prefix_sharing.config.secrets import without_secrets
 from prefix_sharing.errors import ConfigError, UserError
 
@@ -66,10 +67,7 @@ def write_result(cfg: DictConfig, metrics: Mapping[str, float], **others: Any) -
         **others (Any): what else is to be remembered, as JSON can say it.
     """
     result = {"config": _decisive(cfg), "metrics": dict(metrics), **others}
-    file = Path(cfg.output_dir) / _RESULT
-    partial = file.with_name(f".{_RESULT}")
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)
+    complete_file(Path(cfg.output_dir) / _RESULT, json.dumps(result, indent=2) + "\n")
 
 
 def _decisive(cfg: DictConfig) -> dict[str, Any]:

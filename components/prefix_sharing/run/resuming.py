@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from prefix_sharing.checkpoint import Checkpoint, TrainingCheckpoint, TrainingCheckpoints
+from prefix_sharing.checkpoint import Checkpoint, TrainingCheckpoint, TrainingCheckpoints, complete_file
 from prefix_sharing.datasets import PrefixPreferenceDataset
 from prefix_sharing.distributed import broadcast_object, is_rank_zero, wait_for_all_ranks
 from prefix_sharing.errors import UserError
@@ -160,9 +160,7 @@ def forget_later_entries(cfg: DictConfig, resumed: TrainingCheckpoint | None, nu
         kept = [line for line in lines if _step_of(line) <= last and line.endswith("\n")]
         kept = [line for line in kept if not (_step_of(line) == num_steps and "| eval/" in line)]
         if kept != lines:
-            shorter = file.with_suffix(".new")
-            shorter.write_text("".join(kept), encoding="utf-8")
-            shorter.replace(file)
+            complete_file(file, "".join(kept))
 
 
 def _step_of(line: str) -> int:

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY
 
+from prefix_sharing.checkpoint import complete_file
 from prefix_sharing.hosts.companions import is_companion
 
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -120,6 +121,4 @@ def _tensors(file: Path) -> Iterator[tuple[str, str, int]]:
 def _update(file: Path, **values: Any) -> None:
     """Sets keys of a JSON file by replacing it: what it may be a link to stays as it is."""
     content = json.loads(file.read_text(encoding="utf-8")) | values
-    new = file.with_name(f".{file.name}.new")
-    new.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    new.replace(file)
+    complete_file(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
