@@ -175,12 +175,18 @@ def test_other_held_out_data_are_not_compared_with_those_before(tmp_path, caplog
     assert not (tmp_path / "margins.parquet").exists()
 
 
-def test_logs_outside_of_the_run_stay(tmp_path):
+def test_logs_of_other_runs_in_the_same_place_stay(tmp_path):
     logs = tmp_path / "logs_of_all"
     logs.mkdir()
-    (logs / "log_1.txt").write_text("Step 1 | loss:0.5 \n")
-    run_in_process(tmp_path / "run", resume="auto", **{"metric_logger.log_dir": str(logs)})
-    assert (logs / "log_1.txt").read_text() == "Step 1 | loss:0.5 \n"
+    entry = "Step 7 | loss:0.5 \n"
+    (logs / "log_1.txt").write_text(entry)
+    keys = {"metric_logger.log_dir": str(logs)}
+    killed_after(tmp_path / "run", 4, **keys)
+    run_in_process(tmp_path / "run", **KEYS, **keys, resume="auto")
+    assert (logs / "log_1.txt").read_text() == entry
+    (logs / "log_1.txt").unlink()
+    lines = [line for file in logs.glob("log_*.txt") for line in file.read_text().splitlines()]
+    assert sorted(int(line.split()[1]) for line in lines if "eval/" not in line) == list(range(1, 9))
 
 
 def test_a_run_that_began_with_anothers_checkpoint_goes_on_from_it_until_it_has_one(tmp_path, whole):

@@ -30,8 +30,8 @@ def read_log(file: Path) -> Log:
         Log: steps and their metrics.
     """
     entries = []
-    for line in file.read_text().splitlines():
-        match = re.fullmatch(r"Step (\d+) \| (.*)", line.strip())
+    for line in file.read_text().splitlines(keepends=True):
+        match = re.fullmatch(r"Step (\d+) \| (.*)\n", line)  # without its end, it is of a run that was killed
         if match:
             values = (value.rsplit(":", 1) for value in match[2].split())
             entries.append((int(match[1]), {name: float(value) for name, value in values}))

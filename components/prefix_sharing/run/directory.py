@@ -224,6 +224,25 @@ def run_id(cfg: DictConfig, resumed: TrainingCheckpoint | None, num_examples: in
     return new
 
 
+def remember_log(cfg: DictConfig, file: Path) -> None:
+    """Remembers a log as the run's own, wherever it is; on rank 0.
+
+    Args:
+        cfg (DictConfig): the run's config.
+        file (Path): the log.
+    """
+    logs = [*_remembered(cfg).get("logs", []), str(file.resolve())]
+    complete_file(Path(cfg.output_dir) / _RUN, json.dumps(_remembered(cfg) | {"logs": logs}))
+
+
+def own_logs(cfg: DictConfig) -> list[Path]:
+    """The logs on disk that are the run's own: those that it remembers, and whatever is in ``output_dir``."""
+    log_dir = cfg.metric_logger.get("log_dir")
+    files = [] if log_dir is None else sorted(Path(log_dir).glob("log_*.txt"))
+    remembered, output_dir = _remembered(cfg).get("logs", []), Path(cfg.output_dir).resolve()
+    return [file for file in files if str(file.resolve()) in remembered or file.resolve().is_relative_to(output_dir)]
+
+
 def examples_of_run(output_dir: Path) -> int:
     """How many examples the data set has that a run was trained on.
 

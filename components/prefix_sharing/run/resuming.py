@@ -17,7 +17,7 @@ from prefix_sharing.fingerprint import fingerprint
 from prefix_sharing.hosts import TreeModel
 from prefix_sharing.losses import Loss
 from prefix_sharing.planning import Plan, WholeDataset
-from prefix_sharing.run.directory import CHECKPOINTS, run_id
+from prefix_sharing.run.directory import CHECKPOINTS, own_logs, run_id
 from prefix_sharing.run.evaluation import Evaluation
 from prefix_sharing.run.finite import FiniteCheck
 from prefix_sharing.run.metrics import StepMetrics
@@ -142,20 +142,17 @@ def _shown(value: Any) -> str:
 def forget_later_entries(cfg: DictConfig, resumed: TrainingCheckpoint | None, num_steps: int) -> None:
     """Takes from a run's logs on disk what will come again: what is after the step that it continues from.
 
-    Logs outside of ``output_dir`` may be of other runs as well, and stay as they are.
+    Logs of other runs in the same place stay as they are.
 
     Args:
         cfg (DictConfig): the run's config.
         resumed (TrainingCheckpoint | None): what the run continues from.
         num_steps (int): the run's; after the last one it evaluates the model once more.
     """
-    log_dir = cfg.metric_logger.get("log_dir")
-    if cfg.resume is None or log_dir is None or not is_rank_zero():
-        return
-    if not Path(log_dir).resolve().is_relative_to(Path(cfg.output_dir).resolve()):
+    if cfg.resume is None or not is_rank_zero():
         return
     last = -1 if resumed is None else resumed.step
-    for file in Path(log_dir).glob("log_*.txt"):
+    for file in own_logs(cfg):
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if _step_of(line) <= last and line.endswith("\n")]
         kept = [line for line in kept if not (_step_of(line) == num_steps and "| eval/" in line)]

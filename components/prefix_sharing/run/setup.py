@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import training, utils
+from torchtune.training.metric_logging import DiskLogger
 
 from prefix_sharing import losses
 from prefix_sharing.attention import choose_attention_backend
@@ -22,6 +23,7 @@ from prefix_sharing.errors import ConfigError, UserError
 from prefix_sharing.hosts import TreeModel, check_arithmetic, checkpoint_activations, compile_layers, to_tree_model
 from prefix_sharing.losses import Loss
 from prefix_sharing.planning import Plan
+from prefix_sharing.run.directory import remember_log
 from prefix_sharing.run.evaluation import Evaluation
 from prefix_sharing.wording import counted
 
@@ -195,7 +197,7 @@ def build_lr_scheduler(cfg: DictConfig, optimizer: Optimizer, num_training_steps
 
 
 def log_config(metric_logger: Any, cfg: DictConfig, seed: int) -> None:
-    """Logs and saves a run's config with its secrets masked.
+    """Logs and saves a run's config with its secrets masked, and remembers where its log is.
 
     Args:
         metric_logger (Any): one of torchtune's, which save ``torchtune_config.yaml``.
@@ -206,6 +208,8 @@ def log_config(metric_logger: Any, cfg: DictConfig, seed: int) -> None:
     metric_logger.log_config(without_secrets(chosen))
     # Loggers resolve references, a file need not.
     OmegaConf.save(without_secrets(chosen, keep_references=True), Path(cfg.output_dir) / "torchtune_config.yaml")
+    if isinstance(metric_logger, DiskLogger):
+        remember_log(cfg, metric_logger.path_to_log_file())
 
 
 def build_profiler(cfg: DictConfig) -> Any:
