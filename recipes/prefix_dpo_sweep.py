@@ -242,7 +242,8 @@ class PrefixDPOSweep:
             found.append(Measured(point, {name: [v for v in of if v is not None] for name, of in values.items()}))
         lines = [table_of(self.names, found, measures), ""]
         for measure in measures:
-            lines.append(f"- {what_it_shows(self.names, found, measure)[0]}")
+            text, shows_nothing = what_it_shows(self.names, found, measure)
+            lines.append(f"- {'Warning: ' if shows_nothing else ''}{text}")
         lines += [f"- {name} failed: {why}" for name, why in failed.items()]
         lines += ["", CAUTION]
         title = f"{component_name(self.cfg.model)}, {len(self.runs)} runs, seeds: {self.cfg.seeds}"
