@@ -33,8 +33,7 @@ from prefix_sharing.online.held_out import HeldOut
 from prefix_sharing.reports.curves import read_log_of_last_run
 from prefix_sharing.reports.sweep import CAUTION, Measured, plot_sweep, table_of, what_it_shows
 from prefix_sharing.run import set_up_device, set_up_logging
-from prefix_sharing.run.directory import full_disk_explained, locked_output_dir
-from prefix_sharing.run.policies import Policies
+from prefix_sharing.run.directory import full_disk_explained, locked_output_dir, own_logs
 from prefix_sharing.run.results import measured, read_result, write_result
 from prefix_sharing.run.signals import run_to_end
 
@@ -84,8 +83,7 @@ class RunOfSweep(PrefixDPORecipeSingleDevice):
         super().setup()
         self.last_logged: dict[str, float] = {}
         if self.resumed is not None and isinstance(self.metric_logger, DiskLogger):  # what it logged before
-            log_dir = self.metric_logger.path_to_log_file().parent
-            for _, metrics in read_log_of_last_run(sorted(log_dir.glob("log_*.txt"))):
+            for _, metrics in read_log_of_last_run(own_logs(self.cfg)):
                 self.last_logged |= metrics
         log_dict = self.metric_logger.log_dict
 
@@ -98,10 +96,6 @@ class RunOfSweep(PrefixDPORecipeSingleDevice):
 
 class JudgedPolicy(PrefixDPOOnline):
     """A trained policy, for its judged answers to held-out prompts."""
-
-    def __init__(self, cfg: DictConfig, device: torch.device) -> None:
-        super().__init__(cfg, device)
-        self.policies = Policies(cfg, lambda number: Path(cfg.checkpointer.output_dir), self.seed)
 
     def directory(self, number: int) -> Path:
         """The run's; there is one policy only."""

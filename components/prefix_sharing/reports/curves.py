@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from torchtune.training.metric_logging import DiskLogger
 
 from prefix_sharing.config import component_name
+from prefix_sharing.run.directory import own_logs
 
 Log = list[tuple[int, dict[str, float]]]
 
@@ -96,8 +97,7 @@ def draw_curves(cfg: DictConfig, metric_logger: Any) -> None:
     """
     if not isinstance(metric_logger, DiskLogger):
         return
-    own = metric_logger.path_to_log_file()
-    files = sorted(own.parent.glob("log_*.txt")) if cfg.resume is not None else [own]
+    files = own_logs(cfg) if cfg.resume is not None else [metric_logger.path_to_log_file()]
     entries = read_log_of_last_run(files)
     if entries:
         loss, dataset = (component_name(cfg[key]) for key in ("loss", "dataset"))

@@ -138,8 +138,8 @@ def find_resumed(cfg: DictConfig) -> TrainingCheckpoint | None:
         _make_room(cfg, directory)
         return None
     if cfg.resume == "auto":
-        found = newest_checkpoint(directory, _remembered(cfg).get("id"))
-        begins_with = broadcast_object(_remembered(cfg).get("begins_with"))
+        run = _read_run(cfg)
+        found, begins_with = newest_checkpoint(directory, run.get("id")), broadcast_object(run.get("begins_with"))
         return found if found is not None or begins_with is None else read_checkpoint(Path(begins_with))
     if not Path(cfg.resume).is_dir():
         raise ConfigError("resume", f"{cfg.resume} not found; give auto, or the directory of a training checkpoint")
@@ -213,7 +213,7 @@ def run_id(cfg: DictConfig, resumed: TrainingCheckpoint | None, num_examples: in
     Returns:
         str: that of the run that is continued, or a new one.
     """
-    known = _remembered(cfg).get("id")
+    known = _read_run(cfg).get("id")
     goes_on = cfg.resume == "auto" and resumed is not None and known is not None
     new = broadcast_object(known if goes_on else secrets.token_hex(8))
     if is_rank_zero() and new != known:
@@ -231,15 +231,16 @@ def remember_log(cfg: DictConfig, file: Path) -> None:
         cfg (DictConfig): the run's config.
         file (Path): the log.
     """
-    logs = [*_remembered(cfg).get("logs", []), str(file.resolve())]
-    complete_file(Path(cfg.output_dir) / _RUN, json.dumps(_remembered(cfg) | {"logs": logs}))
+    run = _read_run(cfg)
+    logs = [*run.get("logs", []), str(file.resolve())]
+    complete_file(Path(cfg.output_dir) / _RUN, json.dumps(run | {"logs": logs}))
 
 
 def own_logs(cfg: DictConfig) -> list[Path]:
     """The logs on disk that are the run's own: those that it remembers, and whatever is in ``output_dir``."""
     log_dir = cfg.metric_logger.get("log_dir")
     files = [] if log_dir is None else sorted(Path(log_dir).glob("log_*.txt"))
-    remembered, output_dir = _remembered(cfg).get("logs", []), Path(cfg.output_dir).resolve()
+    remembered, output_dir = _read_run(cfg).get("logs", []), Path(cfg.output_dir).resolve()
     return [file for file in files if str(file.resolve()) in remembered or file.resolve().is_relative_to(output_dir)]
 
 
@@ -263,7 +264,7 @@ def examples_of_run(output_dir: Path) -> int:
         raise UserError(f"{file} {problem}; give the output_dir of a training run of this version.") from error
 
 
-def _remembered(cfg: DictConfig) -> dict[str, Any]:
+def _read_run(cfg: DictConfig) -> dict[str, Any]:
     """What ``run.json`` says; nothing if there is none."""
     with contextlib.suppress(OSError, ValueError):
         found = json.loads((Path(cfg.output_dir) / _RUN).read_text(encoding="utf-8"))

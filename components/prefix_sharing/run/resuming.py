@@ -95,7 +95,7 @@ def training_checkpoints(
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     decides: dict[str, Any] = {key: _without_paths(plain[key]) for key in _DECISIVE}
     decides |= {"seed": seed, **frozen}
-    decides["examples (data and lengths)"] = fingerprint(dataset.ids.to_pylist())
+    decides["examples (data and lengths)"] = _examples_of(dataset)
     decides["examples per step"] = plan.examples_per_step
     if isinstance(plan.packing, WholeDataset):
         decides |= {"pack_len": plan.packing.pack_len, "pack_rows_per_step": plan.packing.rows_per_step}
@@ -106,6 +106,11 @@ def training_checkpoints(
             log.info("The run is finished, so nothing is left to train; to continue it, raise epochs.")
     run = {"id": run_id(cfg, resumed, len(dataset)), "steps_per_epoch": plan.steps_per_epoch, "decides": decides}
     return TrainingCheckpoints(Path(cfg.output_dir) / CHECKPOINTS, run, cfg.keep_last_n)
+
+
+def _examples_of(dataset: PrefixPreferenceDataset) -> str:
+    """A short name for a data set's examples, in their order."""
+    return fingerprint(dataset.ids.to_pylist())
 
 
 def _without_paths(value: Any) -> Any:
@@ -203,7 +208,7 @@ def remembered(
     before = None
     if evaluation_before is not None and dataset_val is not None:
         tensors = {name: getattr(evaluation_before, name).tolist() for name in ("log_probs", "num_scored")}
-        before = {"metrics": evaluation_before.metrics, "of": fingerprint(dataset_val.ids.to_pylist()), **tensors}
+        before = {"metrics": evaluation_before.metrics, "of": _examples_of(dataset_val), **tensors}
     return {"seed": seed, "metrics": metrics.state_dict(), "finite": finite.state_dict(), "before": before}
 
 
@@ -229,7 +234,7 @@ def recall(
     before = values["before"]
     if before is None or dataset_val is None:
         return None
-    if before["of"] != fingerprint(dataset_val.ids.to_pylist()):
+    if before["of"] != _examples_of(dataset_val):
         log.warning("%s is not what was evaluated before training, so the two are not compared.", dataset_val.name)
         return None
     log_probs = torch.tensor(before["log_probs"], dtype=torch.float64)
